@@ -1,0 +1,78 @@
+"""Copies of a scan that put one thing to the test each: spacing, orientation, obliqueness, field of view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.eulerangles import euler2mat
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from numpy.typing import NDArray
+from scipy import ndimage
+
+
+def reoriented(path: Path, target: Path, codes: str) -> Path:
+    """The same voxels with axes `codes`."""
+    nifti: Any = nib.load(path)
+    turn = ornt_transform(io_orientation(nifti.affine), axcodes2ornt(tuple(codes)))
+    data = apply_orientation(np.asanyarray(nifti.dataobj), turn)
+    return _save(data, nifti.affine @ inv_ornt_aff(turn, nifti.shape), target)
+
+
+def resampled(path: Path, target: Path, spacing: tuple[float, float, float]) -> Path:
+    """Linearly interpolated to `spacing`, mm along i, j, k."""
+    nifti: Any = nib.load(path)
+    data = np.asanyarray(nifti.dataobj).astype(np.float32)
+    zooms = voxel_sizes(nifti.affine)
+    factors = zooms / np.asarray(spacing)
+    image = ndimage.zoom(data, factors, order=1, mode="nearest", grid_mode=True)
+    affine = nifti.affine @ np.diag([*(np.asarray(spacing) / zooms), 1])
+    return _save(image, affine, target)
+
+
+def oblique(path: Path, target: Path, degrees: float) -> Path:
+    """The same voxels under an affine turned about two axes."""
+    nifti: Any = nib.load(path)
+    turn = euler2mat(np.deg2rad(degrees), 0, np.deg2rad(degrees / 2))
+    affine = np.array(nifti.affine)
+    affine[:3, :3] = turn @ affine[:3, :3]
+    return _save(np.asanyarray(nifti.dataobj), affine, target)
+
+
+def centre_crop(path: Path, target: Path, shape: tuple[int, int, int]) -> Path:
+    """The middle of the scan's non-zero box, of `shape` at most."""
+    nifti: Any = nib.load(path)
+    data = np.asanyarray(nifti.dataobj)
+    starts, sides = [], []
+    for axis, size in enumerate(shape):
+        used = np.flatnonzero((data != 0).any(axis=tuple(n for n in range(3) if n != axis)))
+        start = max((used[0] + used[-1] + 1 - size) // 2, 0)
+        starts.append(start)
+        sides.append(slice(start, start + size))
+    affine = np.array(nifti.affine)
+    affine[:3, 3] = apply_affine(affine, starts)
+    return _save(data[tuple(sides)], affine, target)
+
+
+def save(data: NDArray[Any], like: Path, target: Path) -> Path:
+    """`data` on the voxel grid of the scan `like`."""
+    nifti: Any = nib.load(like)
+    return _save(data, nifti.affine, target)
+
+
+def labels_of(path: Path) -> NDArray[np.int64]:
+    """Voxels of a label map."""
+    nifti: Any = nib.load(path)
+    labels: NDArray[np.int64] = np.asanyarray(nifti.dataobj).astype(np.int64)
+    return labels
+
+
+def _save(data: NDArray[Any], affine: NDArray[np.float64], target: Path) -> Path:
+    image = nib.Nifti1Image(np.asarray(data, dtype=np.float32), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    nib.save(image, target)
+    return target

@@ -1,0 +1,1 @@
+"""Inference backends behind one protocol: OpenVINO and ONNX Runtime, chosen by an ordered registry."""

@@ -1,0 +1,73 @@
+"""Compiled models, kept per machine and found again by everything their validity depends on.
+
+One file a model: 32 bytes SHA-256 of the rest, then what the backend exported. A file that is damaged or that the
+backend no longer takes is compiled anew. The least recently used go when the folder grows beyond `MAX_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+log = logging.getLogger("edgemuse")
+
+SUFFIX = ".engine"
+MAX_BYTES = 2 << 30
+
+
+def cache_key(facts: Mapping[str, object]) -> str:
+    """A name for `facts`: the model's hash, backend and version, device, driver, precision, shape and threads."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def load(folder: Path, key: str) -> bytes | None:
+    """The compiled model stored under `key`, or None if there is none that is whole."""
+    path = folder / (key + SUFFIX)
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, blob = data[:32], data[32:]
+    if hashlib.sha256(blob).digest() != digest:
+        log.warning("cached engine %s is damaged; compiling again", path)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return blob
+
+
+def store(folder: Path, key: str, blob: bytes) -> None:
+    """Keep `blob` under `key`. A cache that cannot be written is no reason to stop: it is only logged."""
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(hashlib.sha256(blob).digest())
+            file.write(blob)
+        os.replace(temporary, folder / (key + SUFFIX))
+        _prune(folder)
+    except OSError as error:
+        log.warning("compiled engine not kept: %s", error)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed; a day is longer than any compilation
+        if time.time() - leftover.stat().st_mtime > 86400:
+            leftover.unlink(missing_ok=True)
+    entries = sorted(((p.stat().st_mtime, p.stat().st_size, p) for p in folder.glob("*" + SUFFIX)), reverse=True)
+    total = 0
+    for _, size, path in entries:
+        total += size
+        if total > MAX_BYTES:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""ONNX Runtime: runs wherever its wheel installs; here its CPU provider."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.hardware import cpu_name
+from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
+
+PROVIDERS = {"CPU": "CPUExecutionProvider"}
+FATAL = 4
+"""Log level: warnings about options that were chosen on purpose are not the user's business."""
+
+
+def probe() -> dict[str, list[str]]:
+    """Devices that are here and the precisions each can be asked for."""
+    offered = ort.get_available_providers()
+    return {device: ["fp32"] for device, provider in PROVIDERS.items() if provider in offered}
+
+
+class ONNXRuntimeEngine:
+    """One inference session."""
+
+    backend = "onnxruntime"
+    version = str(ort.__version__)
+
+    def __init__(self, options: EngineOptions, shape: TileShape) -> None:
+        self.device, self.precision = options.device, options.precision
+        self._shape, self._threads = shape, options.threads
+        self._session: Any = None
+
+    def facts(self) -> dict[str, object]:
+        """What a compiled model depends on besides the graph."""
+        return {"processor": cpu_name(), "threads": self._threads}
+
+    def build(self, graph: bytes, keep: bool) -> bytes:
+        """Optimise the ONNX `graph` for this processor and return it as ONNX, or nothing unless it is to be kept."""
+        options = self._session_options()
+        if not keep:
+            self._start(graph, options)
+            return b""
+        with tempfile.TemporaryDirectory(prefix="edgemuse-") as folder:
+            path = Path(folder) / "optimised.onnx"
+            options.optimized_model_filepath = str(path)
+            self._start(graph, options)
+            return path.read_bytes()
+
+    def load(self, blob: bytes) -> bool:
+        """Take an optimised graph back; False if ONNX Runtime does not accept it."""
+        options = self._session_options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._start(blob, options)
+        except BackendError:
+            return False
+        return True
+
+    def _session_options(self) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = FATAL
+        # The arena keeps freed blocks: measured on DLMUSE's network, 2.0 GB instead of 0.9 GB after the second tile.
+        options.enable_cpu_mem_arena = False
+        for axis, name in zip(self._shape[2:], ("depth", "height", "width"), strict=True):
+            options.add_free_dimension_override_by_name(name, axis)
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        return options
+
+    def _start(self, graph: bytes, options: Any) -> None:
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=[PROVIDERS[self.device]])
+        except Exception as error:  # its errors share no base class but Exception
+            raise BackendError(f"ONNX Runtime cannot load the network: {error}".splitlines()[0]) from error
+
+    def infer(self, batch: Batch) -> Batch:
+        """Run the network once into a fresh array."""
+        name = self._session.get_inputs()[0].name
+        try:
+            features: Batch = self._session.run(None, {name: batch})[0]
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed while running the network: {error}".splitlines()[0]) from error
+        return np.require(features, requirements=["C", "W"])
+
+    def close(self) -> None:
+        """Drop the session."""
+        self._session = None

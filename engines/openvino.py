@@ -1,0 +1,123 @@
+"""OpenVINO: the fastest backend on CPUs, x86 and ARM."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.hardware import cpu_name
+from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""OpenVINO picks bf16 or fp16 by itself unless it is told otherwise."""
+
+
+def probe() -> dict[str, list[str]]:
+    """Devices that are here and the precisions each can be asked for."""
+    core = ov.Core()
+    return {device: _precisions(core, device) for device in core.available_devices if device == "CPU"}
+
+
+def _precisions(core: ov.Core, device: str) -> list[str]:
+    offered = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return ["fp32", *(["bf16"] if "BF16" in offered else [])]
+
+
+class OpenVINOEngine:
+    """One compiled model with one inference request. `graph` names the precision it stores."""
+
+    backend = "openvino"
+    version = str(ov.__version__)
+
+    def __init__(self, options: EngineOptions, shape: TileShape) -> None:
+        self.device, self.precision = options.device, options.precision
+        self._shape = shape
+        self._core = ov.Core()
+        self._config = {"INFERENCE_PRECISION_HINT": HINTS[options.precision], "PERFORMANCE_HINT": "LATENCY"}
+        if options.threads:
+            self._config["INFERENCE_NUM_THREADS"] = str(options.threads)
+        self._request: Any = None
+
+    def facts(self) -> dict[str, object]:
+        """What a compiled model depends on besides the graph."""
+        return {"processor": cpu_name(), "config": self._config}
+
+    def build(self, graph: bytes, keep: bool) -> bytes:
+        """Compile the ONNX `graph` and return it as OpenVINO stores it, or nothing unless it is to be kept."""
+        try:
+            model = self._core.read_model(graph)
+            model.reshape(list(self._shape))
+            if self.precision == "fp32":
+                _normalise_precisely(model)
+            compiled = self._core.compile_model(model, self.device, self._config)
+            self._start(compiled)
+            exported = compiled.export_model() if keep else b""
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot compile the network: {_first_line(error)}") from error
+        return exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
+
+    def load(self, blob: bytes) -> bool:
+        """Take a compiled model back; False if OpenVINO does not accept it."""
+        try:
+            self._start(self._core.import_model(blob, self.device, self._config))
+        except RuntimeError:
+            return False
+        return True
+
+    def _start(self, compiled: ov.CompiledModel) -> None:
+        given = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if given != HINTS[self.precision]:
+            raise BackendError(
+                f"OpenVINO runs in {given} on this {self.device} although {self.precision} was asked for"
+            )
+        self._request = compiled.create_infer_request()
+
+    def infer(self, batch: Batch) -> Batch:
+        """Run the network once; the result lies in the request's own buffer."""
+        try:
+            self._request.infer({0: ov.Tensor(batch, shared_memory=True)})
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed while running the network: {_first_line(error)}") from error
+        features: Batch = self._request.get_output_tensor(0).data
+        return features
+
+    def close(self) -> None:
+        """Drop the request and with it the compiled model."""
+        self._request = None
+
+
+def _normalise_precisely(model: ov.Model) -> None:
+    """Replace every MVN (instance normalisation) by one whose sums keep float32's precision.
+
+    OpenVINO adds up all voxels of a patch one after the other. On DLMUSE's network and patch that is an error of 3e-4
+    of the features' spread, and 0.6 % of nearly tied labels differ; adding up planes first leaves 6e-6, PyTorch's own
+    level, in the same time. The planes are averaged by pooling, because OpenVINO would fuse nested means back to MVN.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MVN":
+            continue
+        source = node.input_value(0)
+        centred = ops.subtract(source, _mean(source))
+        variance = _mean(ops.multiply(centred, centred).output(0))
+        deviation = ops.sqrt(ops.add(variance, np.float32(node.get_attributes()["eps"])))
+        normalised = ops.multiply(centred, ops.divide(np.float32(1), deviation))
+        for target in node.output(0).get_target_inputs():
+            target.replace_source_output(normalised.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _mean(source: ov.Output) -> ov.Output:
+    """(N, C, D, H, W) to (N, C, 1, 1, 1): the mean over planes, then over depth."""
+    plane = [1, *source.get_shape()[3:]]
+    planes = ops.avg_pool(source, plane, [0, 0, 0], [0, 0, 0], plane, exclude_pad=True)
+    return ops.reduce_mean(planes, np.array([2, 3, 4]), keep_dims=True).output(0)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

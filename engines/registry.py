@@ -1,0 +1,139 @@
+"""Which backends exist, which of them work here, and opening one.
+
+The order of `BACKENDS` is the order of preference of `auto`. A backend asked for by name is used or refused, never
+replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from edgemuse.engines import cache
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.protocol import Engine, EngineOptions, TileShape
+
+log = logging.getLogger("edgemuse")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the registry: module and class are imported on use; `install` is the pip requirement."""
+
+    name: str
+    module: str
+    engine: str
+    install: str
+
+
+BACKENDS = (
+    Backend("openvino", "edgemuse.engines.openvino", "OpenVINOEngine", "openvino"),
+    Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", "edgemuse[onnxruntime]"),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend works here: `devices` maps device to precisions; `reason` says why not, or is empty."""
+
+    backend: Backend
+    version: str
+    devices: dict[str, list[str]]
+    reason: str
+
+
+def statuses() -> Iterator[Status]:
+    """Probe every backend, most preferred first."""
+    for backend in BACKENDS:
+        try:
+            module = _import(backend)
+            devices = module.probe()
+        except BackendError as error:
+            yield Status(backend, "", {}, str(error))
+            continue
+        except Exception as error:  # a driver's fault may be raised as anything, and must not hide the other backends
+            yield Status(backend, "", {}, " ".join(f"it does not start ({error})".split()))
+            continue
+        reason = "" if devices else "it finds no device that edgemuse can use"
+        yield Status(backend, str(getattr(module, backend.engine).version), devices, reason)
+
+
+def _import(backend: Backend) -> ModuleType:
+    try:
+        return importlib.import_module(backend.module)
+    except ImportError as error:
+        if error.name and backend.module.rpartition(".")[2] == error.name.partition(".")[0]:
+            why = "it is not installed"
+        else:
+            why = f"its installation does not load ({error})".replace("\n", " ")
+        raise BackendError(f'{backend.name}: {why}; run: pip install "{backend.install}"') from error
+
+
+def choose(options: EngineOptions) -> tuple[Backend, EngineOptions]:
+    """The backend to use and `options` without `auto`; raises BackendError with the reason for every one rejected."""
+    if options.backend not in ("auto", *NAMES):
+        raise BackendError(f"unknown backend {options.backend!r}; choose from auto, {', '.join(NAMES)}")
+    rejected = []
+    for status in statuses():
+        if options.backend not in ("auto", status.backend.name):
+            continue
+        chosen, reason = _fit(status, options)
+        if chosen is not None:
+            return status.backend, chosen
+        rejected.append(reason)
+    raise BackendError("no usable backend: " + "; ".join(rejected))
+
+
+def _fit(status: Status, options: EngineOptions) -> tuple[EngineOptions | None, str]:
+    name = status.backend.name
+    if status.reason:
+        return None, status.reason if status.reason.startswith(name) else f"{name}: {status.reason}"
+    device = next(iter(status.devices)) if options.device == "auto" else options.device.upper()
+    if device not in status.devices:
+        return None, f"{name}: no device {device}, only {', '.join(status.devices)}"
+    precision = "fp32" if options.precision == "auto" else options.precision
+    if precision not in status.devices[device]:
+        return None, f"{name}: no {precision} on this {device}, only {', '.join(status.devices[device])}"
+    return replace(options, backend=name, device=device, precision=precision), ""
+
+
+def open_engine(graph: bytes, shape: TileShape, options: EngineOptions) -> Engine:
+    """Compile the ONNX `graph` for tiles of `shape` (N, C, D, H, W), or load it from `options.cache_dir`."""
+    backend, options = choose(options)
+    engine: Any = getattr(_import(backend), backend.engine)(options, shape)
+    if options.cache_dir is None:
+        engine.build(graph, keep=False)
+    else:
+        _open_cached(engine, graph, options.cache_dir, cache.cache_key(_facts(engine, graph, shape)))
+    opened: Engine = engine
+    return opened
+
+
+def _open_cached(engine: Any, graph: bytes, folder: Path, key: str) -> None:
+    blob = cache.load(folder, key)
+    if blob is not None and engine.load(blob):
+        log.info("engine from cache: %s", key)
+        return
+    cache.store(folder, key, engine.build(graph, keep=True))
+
+
+def _facts(engine: Any, graph: bytes, shape: TileShape) -> dict[str, object]:
+    return {
+        "edgemuse": version("edgemuse"),  # what is done to a graph before it is compiled may change between versions
+        "graph": hashlib.sha256(graph).hexdigest(),
+        "backend": engine.backend,
+        "version": engine.version,
+        "device": engine.device,
+        "precision": engine.precision,
+        "shape": shape,
+        **engine.facts(),
+    }

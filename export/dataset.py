@@ -1,0 +1,88 @@
+"""What `dataset.json` says: one input channel, and what the classes are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemuse.engines.errors import ModelFolderError
+from edgemuse.export.documents import blaming, mapping, read_json, short, text, whole
+from edgemuse.runtime.labels import Label, parse_label_table
+
+DATASET = "dataset.json"
+MAX_CLASSES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The ending of the scans' file names, and the names of the classes by their numbers."""
+
+    file_ending: str
+    names: Mapping[int, str]
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """Read `folder/dataset.json`; raises ModelFolderError for more than one channel and for region-based labels."""
+    path = folder / DATASET
+    data = read_json(path)
+    with blaming(path):
+        _check_channels(data)
+        labels = mapping(data["labels"], "labels")
+        _refuse_regions(data, labels)
+        return Dataset(text(data.get("file_ending", ".nii.gz"), "file_ending"), _names(labels))
+
+
+def _check_channels(data: Mapping[str, Any]) -> None:
+    key = "modality" if "modality" in data else "channel_names"
+    channels = mapping(data[key], key)
+    if len(channels) != 1:
+        raise ValueError(
+            f"the model takes {len(channels)} input channels ({short(list(channels.values()))}); "
+            "edgemuse runs models with one"
+        )
+
+
+def _refuse_regions(data: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
+    regions = [name for name, value in labels.items() if isinstance(value, list)]
+    if regions or data.get("regions_class_order") is not None:
+        raise ValueError(
+            f"the model predicts overlapping regions ({short(regions)}), which edgemuse does not support; "
+            "export a model trained on plain labels"
+        )
+
+
+def _names(labels: Mapping[str, Any]) -> dict[int, str]:
+    """The first name of every number. `ignore` marks voxels left out of training and is no class."""
+    names: dict[int, str] = {}
+    for name, value in labels.items():
+        number = whole(value, 0, MAX_CLASSES, f"label {short(name)}")
+        if name != "ignore":
+            names.setdefault(number, text(name, "the name of a label"))
+    return names
+
+
+def class_labels(dataset: Dataset, classes: int) -> tuple[Label, ...]:
+    """One label a class, with its number as index and `dataset.json`'s name."""
+    if beyond := sorted(number for number in dataset.names if number >= classes):
+        raise ModelFolderError(
+            f"{DATASET} names label {beyond[0]}, but the network has classes 0 to {classes - 1}; "
+            "are both from the same training?"
+        )
+    return tuple(Label(number, number, dataset.names.get(number, f"class_{number}")) for number in range(classes))
+
+
+def read_label_table(path: Path, classes: int) -> tuple[Label, ...]:
+    """The label table in the file `path`; raises ModelFolderError unless it has `classes` rows."""
+    try:
+        labels = parse_label_table(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelFolderError(f"{path}: the label table cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: not a label table: {error}") from error
+    if len(labels) != classes:
+        raise ModelFolderError(
+            f"{path}: the table has {len(labels)} classes, the network {classes}; give one row a class"
+        )
+    return labels

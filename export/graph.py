@@ -1,0 +1,140 @@
+"""The network as an ONNX graph: any spatial size, no trace of the machine that made it, the same bytes every time.
+
+The graph is traced at the patch's shape and its three spatial axes are named afterwards. Tracing with symbolic sizes
+fails on residual encoders, where a skip connection divides a size twice and the main path once. None of the
+operations of these networks depends on the size traced, and `OPERATIONS` holds that fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import onnxscript  # noqa: F401  # torch's exporter needs it: found missing here, not after the weights are read
+import torch
+
+from edgemuse.engines.errors import ModelFolderError
+from edgemuse.runtime.types import Shape
+
+OPSET = 18
+INPUT, OUTPUT = "image", "features"
+AXES = ("depth", "height", "width")
+OPERATIONS = frozenset(
+    (
+        "Add",
+        "AveragePool",
+        "Concat",
+        "Conv",
+        "ConvTranspose",
+        "Div",
+        "InstanceNormalization",
+        "LeakyRelu",
+        "Mul",
+        "Relu",
+    )
+)
+"""All work at any spatial size. Div and Mul take the mean over folds; their other operand is a scalar."""
+MAX_WEIGHT_BYTES = (1 << 31) - (16 << 20)
+"""An ONNX file is one protobuf message, which cannot be larger than 2 GiB; 16 MiB are left for the rest."""
+
+
+def export_graph(network: torch.nn.Module, patch: Shape) -> bytes:
+    """`network`, from (1, 1, D, H, W) to (1, F, D, H, W), as ONNX; raises ModelFolderError if it does not fit."""
+    _check_size(network)
+    model = _trace(network, patch)
+    _check_operations(model)
+    _free_axes(model)
+    _strip(model)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _check_size(network: torch.nn.Module) -> None:
+    size = sum(weight.numel() * weight.element_size() for weight in network.parameters())
+    if size > MAX_WEIGHT_BYTES:
+        raise ModelFolderError(
+            f"the weights of all folds take {size / 2**30:.1f} GiB and an ONNX file holds 2; choose fewer with --fold"
+        )
+
+
+def _trace(network: torch.nn.Module, patch: Shape) -> onnx.ModelProto:
+    with _silence():
+        program: Any = torch.onnx.export(
+            network,
+            (torch.zeros(1, 1, *patch),),
+            dynamo=True,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Torch's exporter warns about its own internals and prints its progress."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _check_operations(model: onnx.ModelProto) -> None:
+    """A Reshape or BatchNormalization here would mean that the graph is not the network or holds the traced size."""
+    if unknown := sorted({node.op_type for node in model.graph.node} - OPERATIONS):
+        raise ModelFolderError(
+            f"the network became a graph with {', '.join(unknown)}, which edgemuse does not know; "
+            "use the versions of torch and onnxscript that 'edgemuse[export]' asks for"
+        )
+
+
+def _free_axes(model: onnx.ModelProto) -> None:
+    """Name the spatial axes of the input and the output, and forget the sizes in between."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, name in zip(value.type.tensor_type.shape.dim[2:], AXES, strict=True):
+            axis.dim_param = name
+    del model.graph.value_info[:]
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove torch's notes: they hold stack traces with local paths."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def activation_bytes(graph: bytes, patch: Shape) -> int:
+    """Peak bytes of float32 activations that are alive at once, a voxel of `patch`, if run node by node."""
+    model = onnx.load_model_from_string(graph)
+    sizes = _activation_sizes(model, patch)
+    last_use = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
+    last_use[model.graph.output[0].name] = len(model.graph.node)
+    alive = {INPUT: sizes[INPUT]}
+    peak = 0
+    for index, node in enumerate(model.graph.node):
+        alive |= {name: sizes[name] for name in node.output}
+        peak = max(peak, sum(alive.values()))
+        alive = {name: size for name, size in alive.items() if last_use.get(name, -1) > index}
+    return math.ceil(peak / math.prod(patch))
+
+
+def _activation_sizes(model: onnx.ModelProto, patch: Shape) -> dict[str, int]:
+    """Bytes of every activation at the patch's shape, by name."""
+    for axis, size in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], patch, strict=True):
+        axis.dim_value = size
+    # The output's named axes would contradict the sizes inferred for it.
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    return {name: 4 * math.prod(shape) for name, shape in shapes.items()}

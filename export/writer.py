@@ -1,0 +1,75 @@
+"""Writing a bundle: whole or not at all, checked before it appears, never over something that is there."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edgemuse.engines.errors import OutputError
+from edgemuse.runtime.bundle import MANIFEST, Head, Manifest, open_bundle
+
+HEAD = "head.npz"
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+"""The earliest that the format knows: equal bundles shall be equal byte by byte."""
+
+
+def check_output(output: Path) -> None:
+    """Raise OutputError unless a bundle can be written to `output`."""
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: already exists; remove it or choose another name")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output.parent}: no such folder; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise OutputError(f"{output.parent}: this folder cannot be written to; choose another")
+
+
+def head_bytes(head: Head) -> bytes:
+    """The content of `head.npz`."""
+    stream = io.BytesIO()
+    np.savez(stream, weight=head.weight, bias=head.bias)
+    return stream.getvalue()
+
+
+def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Write a bundle, a zip file if `output` ends with `.zip`, else a directory; raises OutputError or BundleError."""
+    check_output(output)
+    stage = output.parent / f".{output.name}.tmp-{secrets.token_hex(4)}"
+    whole = {MANIFEST: manifest.to_json().encode(), **files}
+    try:
+        stage.mkdir()
+        bundle = _write(stage / output.name, whole)
+        open_bundle(bundle).verify()
+        check_output(output)
+        bundle.rename(output)
+    except OSError as error:
+        raise OutputError(f"{output}: the bundle cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return output
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> Path:
+    if path.suffix.lower() == ".zip":
+        return _write_zip(path, files)
+    path.mkdir()
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+def _write_zip(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Stored, not deflated: weights are noise, and compressing them costs seconds and saves little."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, ZIP_TIME)
+            entry.create_system = 3  # Unix, wherever it is written
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data)
+    return path

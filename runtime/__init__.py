@@ -1,0 +1,5 @@
+"""The runtime: from a T1 scan to labels and volumes, without PyTorch.
+
+from edgemuse.runtime.pipeline import segment
+result = segment("sub-01_T1w.nii.gz", "model.bundle")
+"""

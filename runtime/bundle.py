@@ -1,0 +1,386 @@
+"""The bundle: one directory (or `.zip`) that holds a network and everything needed to run it. Data, never code.
+
+`bundle.json` describes the network and lists every other file with its size and SHA-256. A file is read once,
+checked against that list, and what was checked is what is used. Nothing outside the bundle can be named by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import lzma
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemuse.engines.errors import BundleError
+from edgemuse.runtime.labels import Label
+from edgemuse.runtime.types import Shape, Spacing
+
+MANIFEST = "bundle.json"
+FORMAT = "edgemuse-bundle"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILE_BYTES = 8 << 30
+READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What reading from a folder, a damaged zip or a damaged array can raise; NotImplementedError is a RuntimeError."""
+SPACING_RANGE = (1e-3, 1e3)
+"""mm"""
+
+NormalizationScheme = Literal["zscore", "ct", "rescale01", "rgb01", "none"]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """One of nnU-Net's intensity normalisations.
+
+    `use_mask` limits z-scores to non-zero voxels; the other numbers are the training intensities that `ct` needs.
+    """
+
+    scheme: NormalizationScheme
+    use_mask: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+    lower: float = 0.0
+    upper: float = 0.0
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Spline orders and the treatment of anisotropic spacing, as nnU-Net's plans name them.
+
+    `order_z` applies along the coarse axis when it is resampled apart; `force_separate_z` None lets the spacing decide.
+    """
+
+    order: int
+    order_z: int = 0
+    force_separate_z: bool | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to feed one network and how to read what it returns.
+
+    Attributes:
+        orientation: axis codes of the (i, j, k) grid that the network expects, such as `LPS`; None: as stored.
+        transpose: the plan's permutation from (k, j, i) to the network's (d, h, w).
+        spacing: mm along d, h, w.
+        patch: tile size along d, h, w.
+        stride: d, h, w must be multiples of this.
+        mirror_axes: axes of (d, h, w) that may be mirrored at inference.
+        normalization: of the intensities inside the non-zero box.
+        image_resampling: from the scan's spacing to the network's.
+        output_resampling: from the network's spacing back to the scan's.
+        channels_out: channels that the graph returns: features if the head is deferred, else logits.
+        classes: number of classes.
+        deferred_head: True if `head.npz` turns features into logits.
+        activation_bytes: peak bytes of live float32 activations per voxel of a tile.
+    """
+
+    orientation: str | None
+    transpose: Shape
+    spacing: Spacing
+    patch: Shape
+    stride: Shape
+    mirror_axes: tuple[int, ...]
+    normalization: Normalization
+    image_resampling: Resampling
+    output_resampling: Resampling
+    channels_out: int
+    classes: int
+    deferred_head: bool
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `bundle.json` says. `source` and `verification` are records for people and are not interpreted."""
+
+    name: str
+    license: str | None
+    network: Network
+    labels: tuple[Label, ...]
+    graphs: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    verification: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of `bundle.json`."""
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return json.dumps(head | asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last 1x1x1 convolution: `weight` (C, F) and `bias` (C,), float32."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+class Bundle:
+    """An opened bundle: the checked manifest, and files that are checked as they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip = _open_zip(path) if path.is_file() else None
+        raw = self._read_raw(MANIFEST, MAX_MANIFEST_BYTES)
+        self.manifest = parse_manifest(raw, path)
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+
+    def read(self, name: str) -> bytes:
+        """Bytes of the file `name`; raises BundleError if it is missing or not what the manifest lists."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}; export the bundle again")
+        data = self._read_raw(name, entry.bytes)
+        if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BundleError(
+                f"{self.path}: {name} has a wrong checksum, so the bundle is damaged or was changed; "
+                "copy or export it again"
+            )
+        return data
+
+    def graph(self, precision: str) -> bytes:
+        """The ONNX backbone stored for `precision`."""
+        try:
+            return self.read(self.manifest.graphs[precision])
+        except KeyError:
+            stored = ", ".join(self.manifest.graphs)
+            raise BundleError(f"{self.path}: no {precision} graph is stored, only {stored}") from None
+
+    def head(self) -> Head | None:
+        """The deferred head, or None where the graph returns logits itself."""
+        network = self.manifest.network
+        if not network.deferred_head:
+            return None
+        try:
+            with np.load(io.BytesIO(self.read("head.npz")), allow_pickle=False) as arrays:
+                head = Head(arrays["weight"], arrays["bias"])
+        except (*READ_ERRORS, TypeError, AttributeError, MemoryError) as error:  # numpy's for what is no .npz
+            raise BundleError(f"{self.path}: head.npz cannot be read ({error})") from error
+        wanted = ((network.classes, network.channels_out), (network.classes,))
+        found = (head.weight.shape, head.bias.shape)
+        if found != wanted or {head.weight.dtype, head.bias.dtype} != {np.dtype(np.float32)}:
+            raise BundleError(f"{self.path}: head.npz holds float32 {wanted} by its manifest, found {found}")
+        if not (np.isfinite(head.weight).all() and np.isfinite(head.bias).all()):
+            raise BundleError(f"{self.path}: head.npz holds NaN or infinity; export the bundle again")
+        return head
+
+    def verify(self) -> None:
+        """Read every file once and check it; raises BundleError at the first that differs."""
+        for name in self.manifest.files:
+            self.read(name)
+
+    def _read_raw(self, name: str, limit: int) -> bytes:
+        try:
+            if self._zip is not None:
+                with self._zip.open(name) as stream:
+                    data = stream.read(limit + 1)
+            else:
+                with (self.path / name).open("rb") as file:
+                    data = file.read(limit + 1)
+        except READ_ERRORS as error:
+            raise BundleError(f"{self.path}: {name} cannot be read, so this is no whole bundle ({error})") from error
+        if len(data) > limit:
+            raise BundleError(f"{self.path}: {name} is larger than the {limit} bytes expected")
+        return data
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open the bundle at `path`, a directory or a zip file; raises BundleError."""
+    path = Path(path)
+    if not path.exists():
+        raise BundleError(f"{path}: no such bundle; make one with 'edgemuse export MODEL_FOLDER -o {path}'")
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        hint = (
+            " It looks like an nnU-Net model folder: run 'edgemuse export' on it first."
+            * (path / "plans.json").exists()
+        )
+        raise BundleError(f"{path}: there is no {MANIFEST} in this folder, so it is not a bundle.{hint}")
+    return Bundle(path)
+
+
+def file_entry(data: bytes) -> FileEntry:
+    """The manifest's entry for a file with this content."""
+    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path}: neither a bundle directory nor a zip file ({error})") from error
+
+
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """Check the text of `bundle.json` field by field; raises BundleError, naming `path`, at the first that is off."""
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: {MANIFEST} is not valid JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f"{path}: {MANIFEST} does not describe an edgemuse bundle")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: bundle format {version!r}, this edgemuse reads {FORMAT_VERSION}; upgrade edgemuse or export again"
+        )
+    try:
+        return _manifest(data)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"{path}: {MANIFEST} is not valid: {reason}") from error
+
+
+def _manifest(data: dict[str, Any]) -> Manifest:
+    network = _network(data["network"])
+    files = {_file_name(name): _file_entry(entry) for name, entry in data["files"].items()}
+    graphs = {str(precision): _file_name(name) for precision, name in data["graphs"].items()}
+    labels = tuple(
+        Label(
+            _int(row["number"], 0, 1 << 16),
+            _int(row["index"], 0, (1 << 32) - 1),
+            _text(row["name"]),
+            None if row.get("color") is None else _text(row["color"]),
+        )
+        for row in data["labels"]
+    )
+    if [label.number for label in labels] != list(range(network.classes)):
+        raise ValueError(f"labels must name classes 0 to {network.classes - 1} in order")
+    needed = set(graphs.values()) | ({"head.npz"} if network.deferred_head else set())
+    if missing := sorted(needed - files.keys()):
+        raise ValueError(f"{', '.join(missing)} not listed under files")
+    if "fp32" not in graphs:
+        raise ValueError("no fp32 graph is named")
+    return Manifest(
+        _text(data["name"]),
+        None if data["license"] is None else _text(data["license"]),
+        network,
+        labels,
+        graphs,
+        files,
+        dict(data.get("source", {})),
+        dict(data.get("verification", {})),
+    )
+
+
+def _network(data: dict[str, Any]) -> Network:
+    norm = data["normalization"]
+    if norm["scheme"] not in get_args(NormalizationScheme):
+        raise ValueError(f"unknown normalization scheme {norm['scheme']!r}")
+    orientation = data["orientation"]
+    if orientation is not None and not is_orientation(orientation):
+        raise ValueError(f"orientation {orientation!r} is not three axis codes such as LPS")
+    transpose = _ints(data["transpose"], 0, 2)
+    if sorted(transpose) != [0, 1, 2]:
+        raise ValueError(f"transpose {transpose} is not a permutation of 0, 1, 2")
+    network = Network(
+        orientation=orientation,
+        transpose=transpose,
+        spacing=_spacing(data["spacing"]),
+        patch=_ints(data["patch"], 1, 4096),
+        stride=_ints(data["stride"], 1, 4096),
+        mirror_axes=tuple(_int(axis, 0, 2) for axis in data["mirror_axes"]),
+        normalization=Normalization(
+            norm["scheme"],
+            _bool(norm["use_mask"]),
+            *(_float(norm[key]) for key in ("mean", "std", "lower", "upper")),
+        ),
+        image_resampling=_resampling(data["image_resampling"], max_order=5),
+        output_resampling=_resampling(data["output_resampling"], max_order=1),
+        channels_out=_int(data["channels_out"], 1, 1 << 16),
+        classes=_int(data["classes"], 2, 1 << 16),
+        deferred_head=_bool(data["deferred_head"]),
+        activation_bytes=_int(data["activation_bytes"], 0, 1 << 30),
+    )
+    if len(set(network.mirror_axes)) != len(network.mirror_axes):
+        raise ValueError(f"mirror_axes {network.mirror_axes} names an axis twice")
+    if any(p % s for p, s in zip(network.patch, network.stride, strict=True)):
+        raise ValueError(f"patch {network.patch} is not a multiple of stride {network.stride}")
+    if not network.deferred_head and network.channels_out != network.classes:
+        raise ValueError("without a deferred head the graph must return one channel a class")
+    return network
+
+
+def is_orientation(codes: object) -> bool:
+    """True for three axis codes, one each of L/R, P/A and I/S, in any order."""
+    axes = {"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}
+    return isinstance(codes, str) and len(codes) == 3 and {axes.get(code) for code in codes} == {0, 1, 2}
+
+
+def _resampling(data: dict[str, Any], max_order: int) -> Resampling:
+    force = data["force_separate_z"]
+    return Resampling(
+        _int(data["order"], 0, max_order),
+        _int(data["order_z"], 0, max_order),
+        None if force is None else _bool(force),
+    )
+
+
+def _file_name(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name == MANIFEST:
+        raise ValueError(f"{name!r} is not a plain file name inside the bundle")
+    return name
+
+
+def _file_entry(data: dict[str, Any]) -> FileEntry:
+    digest = data["sha256"]
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(f"{digest!r} is not a SHA-256")
+    return FileEntry(_int(data["bytes"], 0, MAX_FILE_BYTES), digest)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def _bool(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _int(value: object, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+def _float(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _ints(values: Any, low: int, high: int) -> Shape:
+    i, j, k = (_int(value, low, high) for value in values)
+    return i, j, k
+
+
+def _spacing(values: Any) -> Spacing:
+    i, j, k = (_float(value) for value in values)
+    low, high = SPACING_RANGE
+    if not low <= min(i, j, k) <= max(i, j, k) <= high:
+        raise ValueError(f"spacing {[i, j, k]} is outside {low:g} to {high:g} mm")
+    return i, j, k

@@ -1,0 +1,256 @@
+"""The command line. Only this module prints; results go to stdout, everything else to stderr.
+
+Numerical libraries are imported inside the commands, so that `--help` is quick and `--threads` can still bind them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgemuse.engines.errors import EdgemuseError
+
+if TYPE_CHECKING:
+    from edgemuse.runtime.bundle import Bundle
+    from edgemuse.runtime.pipeline import Options, Segmenter
+
+LAZY_COMMANDS = {
+    "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
+}
+"""Commands of other sub-packages: module, attribute, summary for the overview."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+FAILURE, BAD_INPUT = 1, 2
+
+
+class Commands(click.Group):
+    """The group of commands; those of other sub-packages are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of a first visit: use, then make, then inspect."""
+        return [*super().list_commands(ctx), *LAZY_COMMANDS]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command called `name`, imported if need be."""
+        if name not in LAZY_COMMANDS:
+            return super().get_command(ctx, name)
+        module, attribute, _ = LAZY_COMMANDS[name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The overview, without importing lazy commands."""
+        rows = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows + [(name, row[2]) for name, row in LAZY_COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgemuse")
+@click.option("--debug", is_flag=True, help="Show a traceback where something fails.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Segment T1 brain MRI with nnU-Net v2 networks, without PyTorch.
+
+    \b
+    First time here:
+      edgemuse export MODEL_FOLDER -o model.bundle     once, where PyTorch is installed
+      edgemuse segment T1.nii.gz --model model.bundle -o results
+    """  # noqa: D301 click reads the backspace itself
+    ctx.obj = debug
+
+
+@cli.command()
+@click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="T1.nii.gz...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option("-m", "--model", required=True, type=click.Path(path_type=Path), help="Bundle: a folder or a .zip.")
+@click.option(
+    "--profile",
+    type=click.Choice(["reference", "balanced"]),
+    default="reference",
+    show_default=True,
+    help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster.",
+)
+@click.option("--backend", default="auto", show_default=True, help="auto, openvino or onnxruntime; see 'devices'.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="auto: the fastest that was measured to be as accurate (today: fp32).",
+)
+@click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'.")
+@click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: all]")
+@click.option("--max-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse a scan that needs "
+              "more memory.  [default: 90 % of what is free]")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace results of an earlier run.")
+@click.option("-v", "--verbose", is_flag=True, help="One line a stage, and the planned memory.")
+@click.pass_context
+def segment(
+    ctx: click.Context,
+    /,
+    scans: tuple[Path, ...],
+    output: Path,
+    model: Path,
+    max_ram: float | None,
+    overwrite: bool,
+    verbose: bool,
+    **engine: Any,
+) -> None:
+    """Segment one or more T1 scans (NIfTI).
+
+    For sub-01_T1w.nii.gz the folder OUTPUT receives
+
+    \b
+      sub-01_dseg.nii.gz      labels on the scan's own grid
+      sub-01_dseg.tsv         what the labels mean
+      sub-01_volumes.csv      voxels and mm3 of every structure
+      sub-01_provenance.json  inputs, model, versions, seconds, memory
+
+    and their paths are printed. A scan that cannot be segmented does not stop the others. Exit code: 0 all done,
+    2 bad input or usage, 1 another failure.
+    """  # noqa: D301 click reads the backspace itself
+    _show_log(verbose)
+    _bind_threads(engine["threads"])
+    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.outputs import prepare_folder
+    from edgemuse.runtime.pipeline import Segmenter
+
+    bundle = open_bundle(model)
+    prepare_folder(scans, output, overwrite)
+    codes = []
+    with Segmenter(bundle, _options(max_ram, **engine)) as segmenter:
+        for scan in scans:
+            codes.append(_guard(partial(_segment_one, segmenter, bundle, scan, output), debug=ctx.obj))
+    if any(codes):
+        if len(scans) > 1:
+            click.echo(f"edgemuse: {sum(map(bool, codes))} of {len(scans)} scans failed", err=True)
+        ctx.exit(FAILURE if FAILURE in codes else BAD_INPUT)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="BUNDLE")
+def info(model: Path) -> None:
+    """Show what a bundle holds, and check every file in it."""
+    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.describe import describe_bundle
+
+    bundle = open_bundle(model)
+    bundle.verify()
+    click.echo(describe_bundle(bundle))
+
+
+@cli.command()
+def devices() -> None:
+    """List the backends, what each can do on this machine, and why not."""
+    from edgemuse.runtime.describe import describe_devices
+
+    click.echo(describe_devices())
+
+
+def main() -> None:
+    """Entry point: one line and an exit code for every error."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(_guard(lambda: _run(arguments, debug), debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        result = cli.main((["--debug"] if debug else []) + arguments, "edgemuse", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("edgemuse: interrupted", err=True)
+        return 130
+    except click.ClickException as error:
+        _show_usage_error(error, help_wanted=not arguments)
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def _show_usage_error(error: click.ClickException, help_wanted: bool) -> None:
+    """One line; the whole help only where no command was given at all."""
+    if help_wanted:
+        error.show()
+        return
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgemuse"
+    click.echo(f"edgemuse: {' '.join(error.format_message().split())} See '{command} --help'.", err=True)
+
+
+def _guard(work: Callable[[], int | None], debug: bool) -> int:
+    """Run `work`; turn what it raises into a line on stderr and the exit code."""
+    try:
+        return work() or 0
+    except (EdgemuseError, MemoryError, OSError) as error:
+        if debug:
+            raise
+        click.echo(f"edgemuse: {_one_line(error)}", err=True)
+        return error.exit_code if isinstance(error, EdgemuseError) else FAILURE
+    except (click.ClickException, click.exceptions.Abort, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"edgemuse: internal error: {_one_line(error)}; --debug shows where", err=True)
+        return FAILURE
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_log(verbose: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("edgemuse: %(message)s"))
+    logger = logging.getLogger("edgemuse")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong with a header, edgemuse says
+
+
+def _bind_threads(threads: int | None) -> None:
+    """Linear algebra reads these once, on import."""
+    if threads:
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+
+
+def _options(max_ram: float | None, profile: str, **engine: Any) -> Options:
+    from edgemuse.engines.protocol import EngineOptions
+    from edgemuse.runtime.pipeline import Options, default_cache_dir
+
+    return Options(profile, EngineOptions(**engine, cache_dir=default_cache_dir()), max_ram)
+
+
+def _segment_one(segmenter: Segmenter, bundle: Bundle, scan: Path, output: Path) -> None:
+    from edgemuse.runtime.pipeline import write
+
+    with _progress(scan) as progress:
+        result = segmenter.segment(scan, progress)
+    for path in write(result, bundle, output):
+        click.echo(path)
+
+
+@contextmanager
+def _progress(scan: Path) -> Iterator[Callable[[int, int], None]]:
+    """A bar of tiles on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with click.progressbar(length=1, label=scan.name, file=sys.stderr, show_eta=True) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Label tables: what the network's classes are called, numbered and coloured, and how much of each there is."""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemuse.runtime.types import Labels
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class: its `number` in the network, its `index` in the protocol (FreeSurfer, MUSE), name and `#rrggbb`."""
+
+    number: int
+    index: int
+    name: str
+    color: str | None = None
+
+
+def parse_label_table(text: str) -> tuple[Label, ...]:
+    """Read a table with the columns class, index, name and optionally color, separated by tabs or commas.
+
+    Returns the rows in order of class; raises ValueError naming the line that is off.
+    """
+    lines = text.lstrip("\ufeff").splitlines()
+    delimiter = "\t" if lines and "\t" in lines[0] else ","
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    missing = {"class", "index", "name"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(
+            f"the first line must name the columns class, index, name; {', '.join(sorted(missing))} missing"
+        )
+    labels = [_row(row, reader.line_num) for row in reader]
+    labels.sort(key=lambda label: label.number)
+    if [label.number for label in labels] != list(range(len(labels))):
+        raise ValueError(f"classes must be 0 to {len(labels) - 1}, each once")
+    return tuple(labels)
+
+
+def _row(row: dict[str, str], line: int) -> Label:
+    try:
+        number, index = int(row["class"]), int(row["index"])
+    except (TypeError, ValueError):
+        raise ValueError(f"line {line}: class and index must be whole numbers") from None
+    if not 0 <= index < 1 << 32 or not row["name"]:
+        raise ValueError(f"line {line}: index must be 0 to {2**32 - 1} and name not empty")
+    return Label(number, index, row["name"], row.get("color") or None)
+
+
+def label_color(label: Label) -> str:
+    """`#rrggbb`: the table's colour, black for index 0, else a hue that differs from its neighbours'."""
+    if label.color:
+        return label.color
+    if label.index == 0:
+        return "#000000"
+    hue = label.index * 0.618033988749895 % 1.0
+    rgb = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (label.index % 2), 0.95)
+    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
+
+
+def to_indices(classes: Labels, labels: Sequence[Label]) -> Labels:
+    """Class numbers to the protocol's label numbers, in the smallest unsigned type that holds them all."""
+    highest = max(label.index for label in labels)
+    table = np.array([label.index for label in labels], dtype=np.min_scalar_type(highest))
+    return table[classes]
+
+
+def by_index(labels: Sequence[Label]) -> list[Label]:
+    """One label an index, in order of index: classes that share an index are one structure."""
+    return list(
+        {label.index: label for label in sorted(labels, key=lambda label: (label.index, -label.number))}.values()
+    )
+
+
+def dseg_tsv(labels: Sequence[Label]) -> str:
+    """BIDS's description of a discrete segmentation: index, name, color."""
+    return _table("\t", ["index", "name", "color"], [[x.index, x.name, label_color(x)] for x in by_index(labels)])
+
+
+def count_voxels(classes: Labels, labels: Sequence[Label]) -> NDArray[np.int64]:
+    """Voxels of each class, (C,)."""
+    return np.bincount(classes.ravel(), minlength=len(labels)).astype(np.int64)
+
+
+def volumes_csv(counts: NDArray[np.int64], labels: Sequence[Label], voxel_mm3: float) -> str:
+    """Voxels and mm3 of every structure but background, absent ones included as 0."""
+    totals = {label.index: 0 for label in labels}
+    for label in labels:
+        totals[label.index] += int(counts[label.number])
+    rows = [
+        [x.index, x.name, totals[x.index], f"{totals[x.index] * voxel_mm3:.3f}"] for x in by_index(labels) if x.index
+    ]
+    return _table(",", ["index", "name", "voxels", "volume_mm3"], rows)
+
+
+def _table(delimiter: str, header: list[str], rows: list[list[object]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return out.getvalue()

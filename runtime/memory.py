@@ -1,0 +1,91 @@
+"""How much memory a scan will take, worked out before any work starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgemuse.engines.errors import MemoryLimitError
+from edgemuse.engines.hardware import available_memory
+from edgemuse.runtime.bundle import Network
+from edgemuse.runtime.geometry import reorientation
+from edgemuse.runtime.resample import resampled_shape
+from edgemuse.runtime.scan import Scan
+from edgemuse.runtime.types import Shape
+
+BASE = 260 << 20
+"""Python, the libraries and a backend without a network, measured with OpenVINO."""
+WEIGHT_COPIES = 2
+"""A backend keeps the weights as stored and once more in its own layout."""
+SPLINE_BYTES = 32
+"""Per voxel while resampling with splines: the padded copy and its coefficients, the source and the result, float64."""
+SHARE = 0.9
+"""Of the memory that is free, unless `--max-ram` says otherwise: the rest is for everybody else."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose. Preprocessing and inference follow each other, so `total` takes the larger of the two."""
+
+    engine: int
+    scan: int
+    preprocessing: int
+    features: int
+
+    @property
+    def total(self) -> int:
+        """Peak bytes of the process."""
+        return BASE + self.scan + max(self.preprocessing, self.engine + self.features)
+
+    def __str__(self) -> str:
+        parts = [
+            ("scan", self.scan),
+            ("preprocessing", self.preprocessing),
+            ("engine", self.engine),
+            ("features", self.features),
+        ]
+        detail = ", ".join(f"{name} {gib(size)}" for name, size in parts)
+        return f"{gib(self.total)} at most ({detail})"
+
+
+def plan_memory(scan: Scan, network: Network, graph_bytes: int, mirrored: bool = False) -> MemoryPlan:
+    """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped."""
+    turn = reorientation(scan.affine, network.orientation, network.transpose)
+    shape = turn_shape(scan.shape, turn.axes)
+    inner = resampled_shape(shape, turn.spacing(scan.zooms), network.spacing)
+    padded = [max(size, tile) for size, tile in zip(inner, network.patch, strict=True)]
+    voxels, inner_voxels = math.prod(scan.shape), math.prod(inner)
+    tile = math.prod(network.patch)
+    rows = network.patch[0] * math.prod(padded[1:])
+    carried = 0 if inner[0] == shape[0] else 2 * rows
+    outputs = 4 if mirrored and network.mirror_axes else 2  # the engine's own, one on its way, and their mean
+    return MemoryPlan(
+        engine=WEIGHT_COPIES * graph_bytes + tile * (network.activation_bytes + outputs * 4 * network.channels_out),
+        scan=voxels * 10,
+        preprocessing=(voxels + inner_voxels) * 4
+        + (0 if inner == shape else voxels * SPLINE_BYTES + inner_voxels * 16),
+        features=4 * network.channels_out * (rows + carried) + inner_voxels * 8 + voxels * 4,
+    )
+
+
+def turn_shape(shape: Shape, axes: Shape) -> Shape:
+    """(i, j, k) lengths in the order of the network's axes."""
+    d, h, w = (shape[axis] for axis in axes)
+    return d, h, w
+
+
+def check_memory(scan: Scan, plan: MemoryPlan, max_ram: float | None) -> None:
+    """Raise MemoryLimitError if `plan` exceeds `max_ram` GiB, or what is free here if that is None."""
+    limit = SHARE * available_memory() if max_ram is None else max_ram * 2**30
+    if plan.total <= limit:
+        return
+    source = "are free here" if max_ram is None else "are allowed by --max-ram"
+    raise MemoryLimitError(
+        f"{scan.path}: {' x '.join(map(str, scan.shape))} voxels need {gib(plan.total)} and {gib(limit)} {source}; "
+        "crop or resample the scan, or use a machine with more memory"
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes as `1.23 GiB`."""
+    return f"{size / 2**30:.2f} GiB"

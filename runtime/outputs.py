@@ -1,0 +1,104 @@
+"""Writing results: all of a scan's files appear at once by rename, or none does."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgemuse.engines.errors import InputError, OutputError
+from edgemuse.runtime.scan import Scan, scan_stem
+from edgemuse.runtime.types import Labels
+
+NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.csv", "provenance.json")
+COMPRESSION = 4
+"""gzip level: label maps shrink hardly more at higher ones."""
+
+
+def output_paths(scan: Path, folder: Path) -> dict[str, Path]:
+    """Where the results of `scan` go, by their name in `NAMES`."""
+    return {name: folder / f"{scan_stem(scan)}_{name}" for name in NAMES}
+
+
+def prepare_folder(scans: Iterable[Path], folder: Path, overwrite: bool) -> None:
+    """Make `folder` and see that results can be written there, before any work is done.
+
+    Raises:
+        InputError: two scans would give results of the same name.
+        OutputError: results exist already and `overwrite` is False, or the folder cannot be written.
+    """
+    by_stem: dict[str, Path] = {}
+    for scan in scans:
+        other = by_stem.setdefault(scan_stem(scan), scan)
+        if other is not scan:
+            raise InputError(f"{other} and {scan} would both give {scan_stem(scan)}_*; segment them into two folders")
+        for path in output_paths(scan, folder).values():
+            _check_free(path, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot write there ({error.strerror})") from error
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    if stat.S_ISDIR(kind):
+        raise OutputError(f"{path} is a folder; choose another folder for the results")
+    if not overwrite:
+        raise OutputError(f"{path} exists; choose another folder, or replace it with --overwrite")
+
+
+def nifti_bytes(indices: Labels, scan: Scan) -> bytes:
+    """`indices` (i, j, k) as a gzipped NIfTI on the scan's grid, the same bytes for the same labels."""
+    header: Any = scan.nifti.header.copy()
+    header.extensions.clear()
+    header.set_data_dtype(indices.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = b"edgemuse"
+    header.set_intent("label")
+    image = type(scan.nifti)(indices, None, header)
+    return gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write every file beside its final name, then rename them; raises OutputError and leaves nothing if one fails."""
+    temporaries: dict[Path, Path] = {}
+    created: list[Path] = []
+    path = Path()
+    try:
+        for path, data in contents.items():
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
+                temporaries[path] = Path(file.name)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.chmod(0o666 & ~_umask())
+            is_new = not path.exists()
+            os.replace(temporary, path)
+            created += [path] * is_new
+    except OSError as error:
+        for new in created:
+            new.unlink()
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); no new file was left") from error
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

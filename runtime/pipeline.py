@@ -1,0 +1,238 @@
+"""One scan from file to files: the whole main path, one named step after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.hardware import machine, peak_memory
+from edgemuse.engines.protocol import Engine, EngineOptions
+from edgemuse.engines.registry import open_engine
+from edgemuse.runtime import outputs
+from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.head import class_dtype, label_slabs
+from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
+from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
+from edgemuse.runtime.preprocess import Prepared, preprocess
+from edgemuse.runtime.profiles import PROFILES
+from edgemuse.runtime.resample import output_matrices
+from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image
+from edgemuse.runtime.tiles import TilePlan, gaussian_window, merge_tiles, mirrored, plan_tiles
+from edgemuse.runtime.types import Labels
+
+log = logging.getLogger("edgemuse")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to segment. `max_ram` is in GiB; None: nine tenths of what is free."""
+
+    profile: str = "reference"
+    engine: EngineOptions = field(default_factory=lambda: EngineOptions(cache_dir=default_cache_dir()))
+    max_ram: float | None = None
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The result for one scan: `classes` (i, j, k) on the scan's grid, the time of each stage, and how it was made."""
+
+    scan: Scan
+    classes: Labels
+    seconds: dict[str, float]
+    provenance: dict[str, Any]
+
+
+def default_cache_dir() -> Path:
+    """Where compiled engines are kept: `EDGEMUSE_CACHE_DIR`, or the user's cache directory."""
+    folder = os.environ.get("EDGEMUSE_CACHE_DIR")
+    return Path(folder) if folder else Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "engines"
+
+
+class Segmenter:
+    """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
+
+    def __init__(self, bundle: Bundle, options: Options) -> None:
+        self.bundle, self.options = bundle, options
+        self.profile = PROFILES[options.profile]
+        self.network = bundle.manifest.network
+        self.head = bundle.head()
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def segment(
+        self, path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Segmentation:
+        """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
+        watch = Stopwatch()
+        with watch.stage("load"):
+            scan = open_scan(path)
+            memory = self.plan(scan)
+            check_memory(scan, memory, self.options.max_ram)
+            image = read_image(scan)
+        with watch.stage("preprocess"):
+            prepared = preprocess(image, scan.affine, scan.zooms, self.network)
+            del image
+            plan = plan_tiles(_shape(prepared), self.network.patch, self.profile.step)
+        with watch.stage("engine"):
+            engine = self.engine()
+        with watch.stage("infer"):
+            classes = self._classes(engine, prepared, plan, progress)
+        with watch.stage("restore"):
+            restored = _restore(classes, prepared, self.network.classes)
+        return Segmentation(scan, restored, watch.seconds, self._provenance(scan, plan, engine, memory, watch.seconds))
+
+    @cached_property
+    def _window(self) -> NDArray[np.float32]:
+        return gaussian_window(self.network.patch)
+
+    def plan(self, scan: Scan) -> MemoryPlan:
+        """The memory that `scan` will take at most."""
+        graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
+        memory = plan_memory(scan, self.network, graph_bytes, self.profile.mirror)
+        log.info("memory: %s", memory)
+        return memory
+
+    def engine(self) -> Engine:
+        """The engine for one patch, opened on first use."""
+        if self._engine is None:
+            shape = (1, 1, *self.network.patch)
+            self._engine = open_engine(self.bundle.graph("fp32"), shape, self.options.engine)
+            log.info(
+                "engine: %s %s on %s, %s",
+                self._engine.backend,
+                self._engine.version,
+                self._engine.device,
+                self._engine.precision,
+            )
+        return self._engine
+
+    def _classes(
+        self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
+    ) -> Labels:
+        infer = mirrored(engine.infer, self.network.mirror_axes if self.profile.mirror else ())
+        done = iter(range(1, plan.count + 1))
+        slabs = merge_tiles(prepared.image, plan, self._window, infer, lambda: progress(next(done), plan.count))
+        network = self.network
+        matrices = output_matrices(
+            plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
+        )
+        return label_slabs(_finite(slabs), self.head, network.classes, matrices, prepared.box_shape)
+
+    def _provenance(
+        self, scan: Scan, plan: TilePlan, engine: Engine, memory: MemoryPlan, seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        mirrored_axes = list(self.network.mirror_axes) if self.profile.mirror else []
+        return {
+            "edgemuse": version("edgemuse"),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "input": {
+                "name": scan.path.name,
+                "sha256": file_sha256(scan.path),
+                "shape": scan.shape,
+                "mm": scan.zooms,
+            },
+            "model": {"name": self.bundle.manifest.name, "sha256": self.bundle.sha256},
+            "backend": {
+                "name": engine.backend,
+                "version": engine.version,
+                "device": engine.device,
+                "precision": engine.precision,
+                "threads": self.options.engine.threads,
+            },
+            "profile": {
+                "name": self.options.profile,
+                "tiles": plan.count,
+                "step": self.profile.step,
+                "mirrored_axes": mirrored_axes,
+            },
+            "versions": {name: version(name) for name in ("numpy", "scipy", "nibabel")},
+            "machine": machine(),
+            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+            "memory": {"planned_bytes": memory.total, "peak_bytes": peak_memory()},
+        }
+
+
+class Stopwatch:
+    """Seconds of each stage, logged as they end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block under `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        log.info("%s: %.2f s", name, self.seconds[name])
+
+
+def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
+    """Segment one scan with the bundle at `bundle`. For several scans keep a `Segmenter`."""
+    with Segmenter(open_bundle(bundle), options or Options()) as segmenter:
+        return segmenter.segment(path)
+
+
+def write(segmentation: Segmentation, bundle: Bundle, folder: Path) -> list[Path]:
+    """Write the label map, its legend, the volumes and the provenance into `folder`; returns their paths."""
+    labels, scan = bundle.manifest.labels, segmentation.scan
+    start = time.perf_counter()
+    counts = count_voxels(segmentation.classes, labels)
+    voxel_mm3 = float(abs(np.linalg.det(scan.affine[:3, :3])))
+    contents = {
+        "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
+        "dseg.tsv": dseg_tsv(labels).encode(),
+        "volumes.csv": volumes_csv(counts, labels, voxel_mm3).encode(),
+    }
+    seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
+    provenance = segmentation.provenance | {"seconds": seconds}
+    contents["provenance.json"] = (json.dumps(provenance, indent=2) + "\n").encode()
+    paths = outputs.output_paths(scan.path, folder)
+    outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES})
+    return list(paths.values())
+
+
+def with_engine(options: Options, **changes: Any) -> Options:
+    """`options` with some of its engine's options changed."""
+    return replace(options, engine=replace(options.engine, **changes))
+
+
+def _finite(slabs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    for start, slab in slabs:
+        if not np.isfinite(slab.sum(dtype=np.float64)):
+            raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
+        yield start, slab
+
+
+def _restore(classes: Labels, prepared: Prepared, count: int) -> Labels:
+    """Paste the crop's classes into the whole grid, background elsewhere, and turn it back to (i, j, k)."""
+    whole = np.zeros(prepared.grid_shape, class_dtype(count))
+    whole[prepared.box] = classes
+    return prepared.reorientation.undo(whole)
+
+
+def _shape(prepared: Prepared) -> tuple[int, int, int]:
+    d, h, w = prepared.image.shape
+    return d, h, w

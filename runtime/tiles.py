@@ -1,0 +1,157 @@
+"""The sliding window: where the tiles lie, how they are weighted, and adding them up slab by slab.
+
+Tiles are run in order of depth. As soon as no later tile can touch the front of the sum, that slab is divided by its
+weights and handed on, so the sum is never larger than one patch in depth: memory does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from scipy import ndimage
+
+from edgemuse.runtime.types import Features, Image, Shape
+
+Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""(1, 1, d, h, w) -> (1, F, d, h, w)"""
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Where tiles of shape `patch` start in an image padded by `pad` (before, after) to at least one patch."""
+
+    shape: Shape
+    patch: Shape
+    pad: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return math.prod(len(axis) for axis in self.starts)
+
+
+def plan_tiles(shape: Shape, patch: Shape, step: float) -> TilePlan:
+    """nnU-Net's grid: evenly spread starts, at most `step` patches apart, the image centred in its zero padding."""
+    missing = [max(tile - size, 0) for size, tile in zip(shape, patch, strict=True)]
+    d, h, w = ((gap // 2, gap - gap // 2) for gap in missing)
+    starts = (tile_starts(max(size, tile), tile, step) for size, tile in zip(shape, patch, strict=True))
+    start_d, start_h, start_w = starts
+    return TilePlan(shape, patch, (d, h, w), (start_d, start_h, start_w))
+
+
+def tile_starts(size: int, tile: int, step: float) -> tuple[int, ...]:
+    """First voxels of the tiles along one axis, as nnU-Net's `compute_steps_for_sliding_window` gives them."""
+    last = size - tile
+    count = math.ceil(last / (tile * step)) + 1
+    return tuple(round(last / (count - 1) * n) for n in range(count)) if count > 1 else (0,)
+
+
+def gaussian_window(patch: Shape) -> NDArray[np.float32]:
+    """(d, h, w) weights of a tile: a Gaussian of sigma patch/8, its peak 10.
+
+    Rounded to half precision with zeros lifted to the smallest weight left, as nnU-Net's `compute_gaussian`.
+    """
+    impulse = np.zeros(patch)
+    impulse[tuple(n // 2 for n in patch)] = 1
+    window = ndimage.gaussian_filter(impulse, [n / 8 for n in patch], order=0, mode="constant", cval=0)
+    half = (window / (window.max() / 10)).astype(np.float32).astype(np.float16)  # torch rounds twice as well
+    half[half == 0] = half[half != 0].min()
+    weights: NDArray[np.float32] = half.astype(np.float32)
+    return weights
+
+
+def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
+    """Average `infer` over every combination of mirrored `axes` of (d, h, w), each mirrored back."""
+    flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([axis + 2 for axis in axes], n)]
+    if len(flips) == 1:
+        return infer
+
+    def averaged(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        total = infer(batch).copy()
+        for flip in flips[1:]:
+            total += np.flip(infer(np.ascontiguousarray(np.flip(batch, flip))), flip)
+        total /= len(flips)
+        return total
+
+    return averaged
+
+
+def merge_tiles(
+    image: Image,
+    plan: TilePlan,
+    window: NDArray[np.float32],
+    infer: Infer,
+    progress: Callable[[], None] = lambda: None,
+    dtype: DTypeLike = np.float32,
+) -> Iterator[tuple[int, Features]]:
+    """Run every tile and yield the weighted mean of their features, (F, n, h, w), slab after slab along depth.
+
+    Args:
+        image: (d, h, w), of `plan.shape`.
+        plan: where the tiles lie.
+        window: weight of each voxel of a tile.
+        infer: one tile's features. Its result may be changed.
+        progress: called after each tile.
+        dtype: of the sum.
+
+    Yields:
+        The depth at which a slab starts, and the slab: a view that is valid until the next one is asked for.
+    """
+    padded = np.pad(image, plan.pad)
+    (top, _), (left, _), (near, _) = plan.pad
+    _, height, width = plan.shape
+    depth = plan.patch[0]
+    weights = np.zeros((depth, *padded.shape[1:]), dtype)
+    total: Features | None = None
+    for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
+        for row, column in itertools.product(*plan.starts[1:]):
+            tile = _tile(padded, (start, row, column), plan.patch)
+            features = infer(tile)[0]
+            progress()
+            if total is None:
+                total = np.zeros((len(features), *weights.shape), dtype)
+            _add(total, weights, features, window, (row, column))
+        assert total is not None
+        done = min(following - start, depth)
+        total[:, :done] /= weights[:done]
+        first, last = max(start, top), min(start + done, top + plan.shape[0])
+        if first < last:
+            rows = slice(first - start, last - start)
+            yield first - top, total[:, rows, left : left + height, near : near + width]
+        _advance(total, done)
+        _advance(weights[None], done)
+
+
+def _tile(padded: Image, corner: Shape, patch: Shape) -> NDArray[np.float32]:
+    window = tuple(slice(first, first + size) for first, size in zip(corner, patch, strict=True))
+    return np.ascontiguousarray(padded[window])[None, None]
+
+
+def _add(
+    total: Features,
+    weights: Features,
+    features: Features,
+    window: NDArray[np.float32],
+    corner: tuple[int, int],
+) -> None:
+    rows, columns = (slice(first, first + size) for first, size in zip(corner, window.shape[1:], strict=True))
+    if total.dtype == features.dtype:
+        features *= window
+    else:
+        features = features * window.astype(total.dtype)
+    total[:, :, rows, columns] += features
+    weights[:, rows, columns] += window
+
+
+def _advance(sums: Features, done: int) -> None:
+    """Drop the first `done` rows of (F, d, h, w), move the others up and clear what is left behind them."""
+    kept = sums.shape[1] - done
+    for row in range(kept):  # row by row, because numpy copies overlapping arrays through a temporary one
+        sums[:, row] = sums[:, row + done]
+    sums[:, kept:] = 0

@@ -1,0 +1,121 @@
+"""The sliding window: nnU-Net's grid and window, and what merging must keep whatever the network returns."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemuse.runtime.tiles import gaussian_window, merge_tiles, mirrored, plan_tiles, tile_starts
+
+SIZES = st.tuples(*[st.integers(1, 21)] * 3)
+PATCHES = st.tuples(*[st.sampled_from([2, 3, 5, 8])] * 3)
+STEPS = st.sampled_from([0.25, 0.5, 0.7, 1.0])
+
+
+def merged(image, patch, step, infer, dtype=np.float32):
+    plan = plan_tiles(image.shape, patch, step)
+    slabs = [
+        (start, slab.copy()) for start, slab in merge_tiles(image, plan, gaussian_window(patch), infer, dtype=dtype)
+    ]
+    depths = [slab.shape[1] for _, slab in slabs]
+    assert [start for start, _ in slabs] == list(itertools.accumulate([0, *depths[:-1]]))
+    return np.concatenate([slab for _, slab in slabs], axis=1)
+
+
+@given(SIZES, PATCHES, STEPS)
+def test_a_network_that_returns_a_constant_gives_it_at_every_voxel(shape, patch, step):
+    value = np.float32(-3.7)
+    result = merged(np.ones(shape, np.float32), patch, step, lambda tile: np.full((1, 2, *patch), value))
+    assert result.shape == (2, *shape)
+    np.testing.assert_allclose(result, value, rtol=5e-6)  # up to 64 tiles are added in float32
+
+
+@given(SIZES, PATCHES, STEPS)
+def test_a_voxelwise_network_gives_its_own_output(shape, patch, step):
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    result = merged(image, patch, step, lambda tile: np.concatenate([tile, 2 * tile + 1], axis=1))
+    np.testing.assert_allclose(result, np.stack([image, 2 * image + 1]), rtol=1e-5, atol=1e-6)
+
+
+@given(SIZES, PATCHES, STEPS)
+@settings(max_examples=30)
+def test_slabs_equal_a_sum_over_the_whole_volume(shape, patch, step):
+    """The network depends on where its tile lies, so that every weight matters."""
+    rng = np.random.default_rng(1)
+    image = rng.normal(size=shape).astype(np.float32)
+    ramp = rng.normal(size=patch).astype(np.float32)
+    plan, window = plan_tiles(shape, patch, step), gaussian_window(patch)
+    padded = np.pad(image, plan.pad)
+    total, weight = np.zeros(padded.shape), np.zeros(padded.shape)
+    for corner in itertools.product(*plan.starts):
+        tile = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
+        total[tile] += (padded[tile] * ramp).astype(np.float64) * window
+        weight[tile] += window
+    inner = tuple(slice(before, before + size) for (before, _), size in zip(plan.pad, shape, strict=True))
+    for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-12)):
+        result = merged(image, patch, step, lambda tile: tile * ramp, dtype)
+        np.testing.assert_allclose(result[0], (total / weight)[inner], rtol=tolerance, atol=tolerance)
+
+
+@given(st.integers(1, 400), st.integers(4, 128), STEPS)
+def test_tiles_cover_the_axis_and_are_no_further_apart_than_the_step(size, tile, step):
+    size = max(size, tile)
+    starts = tile_starts(size, tile, step)
+    assert starts[0] == 0
+    assert starts[-1] == size - tile
+    assert all(0 < b - a <= np.ceil(tile * step) for a, b in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize("axes", [(), (0,), (2,), (0, 1), (0, 1, 2)])
+def test_mirroring_averages_every_combination_of_axes(axes):
+    tile = np.random.default_rng(2).normal(size=(1, 1, 3, 4, 5)).astype(np.float32)
+    ramp = np.random.default_rng(3).normal(size=(3, 4, 5)).astype(np.float32)
+    subsets = [s for n in range(len(axes) + 1) for s in itertools.combinations([a + 2 for a in axes], n)]
+    expected = np.mean([np.flip(np.flip(tile, s) * ramp, s) for s in subsets], axis=0)
+    np.testing.assert_allclose(mirrored(lambda x: x * ramp, axes)(tile), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_engine_that_reuses_its_buffer_is_mirrored_right():
+    buffer = np.empty((1, 1, 2, 3, 4), np.float32)
+
+    def infer(tile):
+        np.cumsum(tile, axis=2, out=buffer)
+        return buffer
+
+    tile = np.random.default_rng(4).normal(size=buffer.shape).astype(np.float32)
+    expected = (tile.cumsum(2) + np.flip(np.flip(tile, 2).cumsum(2), 2)) / 2
+    np.testing.assert_allclose(mirrored(infer, (0,))(tile), expected, rtol=1e-5)
+
+
+def test_progress_hears_of_every_tile():
+    plan = plan_tiles((20, 9, 9), (8, 8, 8), 0.5)
+    calls = []
+    for _ in merge_tiles(
+        np.ones((20, 9, 9), np.float32), plan, gaussian_window((8, 8, 8)), lambda t: t.copy(), lambda: calls.append(1)
+    ):
+        pass
+    assert len(calls) == plan.count == 4 * 2 * 2
+
+
+class TestAgainstNnunet:
+    """nnU-Net's own functions on the same numbers."""
+
+    @pytest.mark.parametrize("patch", [(112, 128, 96), (64, 80, 64), (5, 7, 9), (16, 16, 4)])
+    def test_the_window_is_bit_for_bit_the_same(self, patch):
+        torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+        sliding = pytest.importorskip(
+            "nnunetv2.inference.sliding_window_prediction", reason="nnunetv2 is not installed"
+        )
+        expected = sliding.compute_gaussian(patch, 1 / 8, 10, dtype=torch.float16, device=torch.device("cpu"))
+        np.testing.assert_array_equal(gaussian_window(patch), expected.numpy().astype(np.float32))
+
+    @given(st.tuples(*[st.integers(16, 300)] * 3), st.tuples(*[st.sampled_from([16, 48, 112])] * 3), STEPS)
+    def test_the_grid_is_the_same(self, shape, patch, step):
+        sliding = pytest.importorskip(
+            "nnunetv2.inference.sliding_window_prediction", reason="nnunetv2 is not installed"
+        )
+        whole = tuple(max(size, tile) for size, tile in zip(shape, patch, strict=True))
+        expected = sliding.compute_steps_for_sliding_window(whole, patch, step)
+        assert [list(axis) for axis in plan_tiles(shape, patch, step).starts] == expected
