@@ -63,10 +63,16 @@ class Result:
     @property
     def passed(self) -> bool:
         """Whether the agreement asked for is reached, and half precision explains the rest."""
-        closer = self.edgemuse_exact >= self.nnunet_exact
-        return self.agreement_float32 >= self.required and closer and self.explained == 1.0
+        same = self.agreement_float32 >= self.required and self.dice_float32 >= DICE_REQUIRED
+        return same and self.edgemuse_exact >= self.nnunet_exact and self.explained == 1.0
+
+    @property
+    def passed_half(self) -> bool:
+        """Whether the agreement asked for is reached even against sums in half precision."""
+        return self.agreement >= self.required and self.dice >= DICE_REQUIRED
 
 
+DICE_REQUIRED = 0.999
 SAME_GRID, RESAMPLED, NEARLY_TIED = 0.9999, 0.999, 0.999
 """Agreement asked: without resampling; with it; and for random weights, whose logits are nearly equal everywhere."""
 
@@ -134,13 +140,14 @@ def _ours(case: Case, segmenter: Segmenter, work: Path) -> NDArray[np.int64]:
 def table(results: list[Result]) -> str:
     """The results as a Markdown table."""
     head = [
-        "| model | scan | nnU-Net | nnU-Net, float32 sums | asked | edgemuse = float64 | nnU-Net = float64 "
+        "| model | scan | nnU-Net | reached | nnU-Net, float32 sums | asked | edgemuse = float64 | nnU-Net = float64 "
         "| explained |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [
-        f"| {r.model} | {r.name} | {r.agreement:.4%}, {r.dice:.5f} | {r.agreement_float32:.4%}, {r.dice_float32:.5f} | "
-        f"{r.required:.2%} | {r.edgemuse_exact:.4%} | {r.nnunet_exact:.4%} | {r.explained:.2%} |"
+        f"| {r.model} | {r.name} | {r.agreement:.3%}, {r.dice:.4f} | {'yes' if r.passed_half else 'no'} "
+        f"| {r.agreement_float32:.5%}, {r.dice_float32:.5f} | {r.required:.2%} | {r.edgemuse_exact:.5%} "
+        f"| {r.nnunet_exact:.3%} | {r.explained:.2%} |"
         for r in results
     ]
     return "\n".join(head + rows)
@@ -178,14 +185,16 @@ Each scan is segmented four ways with the same checkpoint, step 0.5 and Gaussian
 `nnUNetPredictor`; by the same with one change, sums over tiles in float32 instead of half precision; by edgemuse's
 `reference` profile (OpenVINO, fp32); and by nnU-Net's steps with every sum in float64, which judges the others.
 
-- *nnU-Net*: share of voxels with edgemuse's label, and mean Dice over the structures in either map.
+- *nnU-Net*: share of voxels with edgemuse's label, and mean Dice over the structures in either map; *reached* says
+  whether what is asked, and a mean Dice of 0.999, hold for it. Where nnU-Net's half precision alone takes it further
+  from its own float64 sums than that, nothing that computes in more precision can reach it.
 - *nnU-Net, float32 sums*: the same, without nnU-Net's half precision.
 - *= float64*: share of voxels with the judge's label, for edgemuse and for nnU-Net as it is.
 - *explained*: share of the voxels in which edgemuse and nnU-Net differ where the exact logits of the two labels are
   closer together than half-precision sums may be off (`half_precision_error` in `bench/reference.py`).
 
-A case passes when edgemuse reaches what is asked against nnU-Net with float32 sums, is at least as close to the judge
-as nnU-Net as it is, and half precision explains every difference.
+A case passes when edgemuse reaches what is asked and a mean Dice of 0.999 against nnU-Net with float32 sums, is at
+least as close to the judge as nnU-Net as it is, and half precision explains every difference.
 
 """
 

@@ -13,13 +13,14 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 log = logging.getLogger("edgemuse")
 
 SUFFIX = ".engine"
 MAX_BYTES = 2 << 30
+DAY = 24 * 60 * 60
 
 
 def cache_key(facts: Mapping[str, object]) -> str:
@@ -62,12 +63,18 @@ def store(folder: Path, key: str, blob: bytes) -> None:
 
 
 def _prune(folder: Path) -> None:
-    for leftover in folder.glob("*.tmp"):  # of a process that was killed; a day is longer than any compilation
-        if time.time() - leftover.stat().st_mtime > 86400:
-            leftover.unlink(missing_ok=True)
-    entries = sorted(((p.stat().st_mtime, p.stat().st_size, p) for p in folder.glob("*" + SUFFIX)), reverse=True)
+    """Other processes may use the folder at the same time: what is gone, or open elsewhere, is passed over."""
     total = 0
-    for _, size, path in entries:
-        total += size
-        if total > MAX_BYTES:
-            path.unlink(missing_ok=True)
+    for used, size, path in sorted(_entries(folder), reverse=True):
+        total += size * (path.suffix == SUFFIX)
+        abandoned = path.suffix == ".tmp" and time.time() - used > DAY  # by a process that was killed
+        if abandoned or (path.suffix == SUFFIX and total > MAX_BYTES):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            yield facts.st_mtime, facts.st_size, path

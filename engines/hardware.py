@@ -10,13 +10,11 @@ from pathlib import Path
 
 import psutil
 
-CGROUP_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+"""Folder, limit, usage, and the part of the usage that is page cache, given back under pressure."""
 
 
 def cpu_name() -> str:
@@ -40,12 +38,17 @@ def cpu_cores() -> int:
 def available_memory() -> int:
     """Bytes that can be taken without swapping, within the container's limit if there is one."""
     free = int(psutil.virtual_memory().available)
-    for limit, used in CGROUP_LIMITS:
-        try:
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):
-            continue
+    for folder, limit, used, cache in CGROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(statistics[cache])
+            free = min(free, int((folder / limit).read_text()) - taken)
     return max(free, 0)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:

@@ -65,7 +65,7 @@ class OpenVINOEngine:
         """Take a compiled model back; False if OpenVINO does not accept it."""
         try:
             self._start(self._core.import_model(blob, self.device, self._config))
-        except RuntimeError:
+        except (RuntimeError, BackendError):
             return False
         return True
 

@@ -38,7 +38,6 @@ BACKENDS = (
     Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", "edgemuse[onnxruntime]"),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,11 @@ class Status:
     reason: str
 
 
-def statuses() -> Iterator[Status]:
-    """Probe every backend, most preferred first."""
+def statuses(name: str = "auto") -> Iterator[Status]:
+    """Probe the backend called `name`, or with `auto` every one, most preferred first."""
     for backend in BACKENDS:
+        if name not in ("auto", backend.name):
+            continue
         try:
             module = _import(backend)
             devices = module.probe()
@@ -83,9 +84,7 @@ def choose(options: EngineOptions) -> tuple[Backend, EngineOptions]:
     if options.backend not in ("auto", *NAMES):
         raise BackendError(f"unknown backend {options.backend!r}; choose from auto, {', '.join(NAMES)}")
     rejected = []
-    for status in statuses():
-        if options.backend not in ("auto", status.backend.name):
-            continue
+    for status in statuses(options.backend):
         chosen, reason = _fit(status, options)
         if chosen is not None:
             return status.backend, chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_label_table(path: Path, classes: int) -> tuple[Label, ...]:
         labels = parse_label_table(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelFolderError(f"{path}: the label table cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ModelFolderError(f"{path}: not a label table: {error}") from error
     if len(labels) != classes:
         raise ModelFolderError(

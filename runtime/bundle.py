@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import BundleError
-from edgemuse.runtime.labels import Label
+from edgemuse.runtime.labels import COLOR, Label
 from edgemuse.runtime.types import Shape, Spacing
 
 MANIFEST = "bundle.json"
@@ -31,6 +31,10 @@ FORMAT = "edgemuse-bundle"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILE_BYTES = 8 << 30
+EXTERNAL_DATA = b"location"
+"""ONNX names a file outside the graph under this key. Eight such bytes do not turn up in weights by chance."""
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others cannot be decompressed piece by piece, so a small file could fill the memory."""
 READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 """What reading from a folder, a damaged zip or a damaged array can raise; NotImplementedError is a RuntimeError."""
 SPACING_RANGE = (1e-3, 1e3)
@@ -161,11 +165,14 @@ class Bundle:
 
     def graph(self, precision: str) -> bytes:
         """The ONNX backbone stored for `precision`."""
-        try:
-            return self.read(self.manifest.graphs[precision])
-        except KeyError:
+        name = self.manifest.graphs.get(precision)
+        if name is None:
             stored = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.path}: no {precision} graph is stored, only {stored}") from None
+            raise BundleError(f"{self.path}: no {precision} graph is stored, only {stored}")
+        graph = self.read(name)
+        if EXTERNAL_DATA in graph:
+            raise BundleError(f"{self.path}: {name} keeps weights in a file outside the bundle; export it again")
+        return graph
 
     def head(self) -> Head | None:
         """The deferred head, or None where the graph returns logits itself."""
@@ -173,7 +180,10 @@ class Bundle:
         if not network.deferred_head:
             return None
         try:
-            with np.load(io.BytesIO(self.read("head.npz")), allow_pickle=False) as arrays:
+            data = io.BytesIO(self.read("head.npz"))
+            if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(data).infolist()):
+                raise ValueError("its arrays are compressed, so their size is not known")
+            with np.load(data, allow_pickle=False) as arrays:
                 head = Head(arrays["weight"], arrays["bias"])
         except (*READ_ERRORS, TypeError, AttributeError, MemoryError) as error:  # numpy's for what is no .npz
             raise BundleError(f"{self.path}: head.npz cannot be read ({error})") from error
@@ -226,9 +236,14 @@ def file_entry(data: bytes) -> FileEntry:
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+        archive = zipfile.ZipFile(path)
+    except READ_ERRORS as error:
         raise BundleError(f"{path}: neither a bundle directory nor a zip file ({error})") from error
+    if any(member.compress_type not in ZIP_METHODS for member in archive.infolist()):
+        raise BundleError(
+            f"{path}: zipped by a method other than deflate; zip the bundle again, for example with zip -r"
+        )
+    return archive
 
 
 def parse_manifest(raw: bytes, path: Path) -> Manifest:
@@ -260,7 +275,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
             _int(row["number"], 0, 1 << 16),
             _int(row["index"], 0, (1 << 32) - 1),
             _text(row["name"]),
-            None if row.get("color") is None else _text(row["color"]),
+            _color(row.get("color")),
         )
         for row in data["labels"]
     )
@@ -350,9 +365,15 @@ def _file_entry(data: dict[str, Any]) -> FileEntry:
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not text")
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"{value!r} is not a line of printable text")
     return value
+
+
+def _color(value: object) -> str | None:
+    if value is not None and not COLOR.fullmatch(_text(value)):
+        raise ValueError(f"{value!r} is not a color such as #1e90ff")
+    return None if value is None else _text(value)
 
 
 def _bool(value: object) -> bool:

@@ -79,16 +79,22 @@ def cli(ctx: click.Context, debug: bool) -> None:
     show_default=True,
     help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster.",
 )
-@click.option("--backend", default="auto", show_default=True, help="auto, openvino or onnxruntime; see 'devices'.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "openvino", "onnxruntime"]),
+    default="auto",
+    show_default=True,
+    help="auto: the first that works, see 'devices'.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="auto: the fastest that was measured to be as accurate (today: fp32).",
+    help="auto: fp32.",
 )
 @click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
 @click.option("--max-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse a scan that needs "
               "more memory.  [default: 90 % of what is free]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace results of an earlier run.")

@@ -34,6 +34,11 @@ class Reorientation:
         d, h, w = (zooms[axis] for axis in self.axes)
         return d, h, w
 
+    def shape(self, shape: Shape) -> Shape:
+        """Lengths along i, j, k to lengths along d, h, w."""
+        d, h, w = (shape[axis] for axis in self.axes)
+        return d, h, w
+
     def _slices(self) -> tuple[slice, slice, slice]:
         d, h, w = (slice(None, None, -1 if flip else 1) for flip in self.flips)
         return d, h, w

@@ -7,7 +7,7 @@ exist for more than a few thousand voxels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,19 +62,22 @@ def label_slabs(
         shape: of the result.
     """
     labels = np.empty(shape, class_dtype(classes))
-    if matrices[0] is None:
-        for start, slab in slabs:
-            plane = _resample_plane(slab, matrices)
-            labels[start : start + slab.shape[1]] = classify(plane, head, classes)
-        return labels
-    for row, plane in _resampled_rows(slabs, matrices[0]):
+    rows = _rows(slabs) if matrices[0] is None else _resampled_rows(slabs, matrices[0])
+    for row, plane in rows:  # so that only one row exists at the scan's spacing
         labels[row] = classify(_resample_plane(plane, matrices), head, classes)
     return labels
 
 
+def _rows(slabs: Iterable[tuple[int, Features]]) -> Iterator[tuple[int, Features]]:
+    """The rows (F, h, w) of the slabs as they are."""
+    for start, slab in slabs:
+        for offset in range(slab.shape[1]):
+            yield start + offset, slab[:, offset]
+
+
 def _resampled_rows(
     slabs: Iterable[tuple[int, Features]], matrix: NDArray[np.float32]
-) -> Iterable[tuple[int, Features]]:
+) -> Iterator[tuple[int, Features]]:
     """Rows (F, h, w) on the output's depth grid, each as soon as the slabs it needs have come."""
     used = [np.flatnonzero(weights) for weights in matrix]
     first, carried, row = 0, None, 0

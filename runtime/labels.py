@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemuse.runtime.types import Labels
+
+COLOR = re.compile("#[0-9a-fA-F]{6}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def parse_label_table(text: str) -> tuple[Label, ...]:
     """
     lines = text.lstrip("\ufeff").splitlines()
     delimiter = "\t" if lines and "\t" in lines[0] else ","
-    reader = csv.DictReader(lines, delimiter=delimiter)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     missing = {"class", "index", "name"} - set(reader.fieldnames or ())
     if missing:
         raise ValueError(
@@ -51,7 +54,10 @@ def _row(row: dict[str, str], line: int) -> Label:
         raise ValueError(f"line {line}: class and index must be whole numbers") from None
     if not 0 <= index < 1 << 32 or not row["name"]:
         raise ValueError(f"line {line}: index must be 0 to {2**32 - 1} and name not empty")
-    return Label(number, index, row["name"], row.get("color") or None)
+    color = row.get("color") or None
+    if color and not COLOR.fullmatch(color):
+        raise ValueError(f"line {line}: color {color!r} is not #rrggbb")
+    return Label(number, index, row["name"], color)
 
 
 def label_color(label: Label) -> str:

@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass
 
 from edgemuse.engines.errors import MemoryLimitError
-from edgemuse.engines.hardware import available_memory
+from edgemuse.engines.hardware import available_memory, resident_memory
 from edgemuse.runtime.bundle import Network
 from edgemuse.runtime.geometry import reorientation
-from edgemuse.runtime.resample import resampled_shape
+from edgemuse.runtime.resample import resampled_shape, separate_axis
 from edgemuse.runtime.scan import Scan
-from edgemuse.runtime.types import Shape
+from edgemuse.runtime.types import Shape, Spacing
 
 BASE = 260 << 20
 """Python, the libraries and a backend without a network, measured with OpenVINO."""
-WEIGHT_COPIES = 2
-"""A backend keeps the weights as stored and once more in its own layout."""
+WEIGHT_COPIES = 4
+"""While a graph is compiled: as read, as parsed, in the backend's own layout, and on its way into the cache."""
 SPLINE_BYTES = 32
 """Per voxel while resampling with splines: the padded copy and its coefficients, the source and the result, float64."""
 SHARE = 0.9
@@ -25,7 +25,7 @@ SHARE = 0.9
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose. Preprocessing and inference follow each other, so `total` takes the larger of the two."""
+    """Bytes by purpose. Preprocessing comes before features exist; the engine stays from one scan to the next."""
 
     engine: int
     scan: int
@@ -35,7 +35,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Peak bytes of the process."""
-        return BASE + self.scan + max(self.preprocessing, self.engine + self.features)
+        return BASE + self.scan + self.engine + max(self.preprocessing, self.features)
 
     def __str__(self) -> str:
         parts = [
@@ -51,7 +51,7 @@ class MemoryPlan:
 def plan_memory(scan: Scan, network: Network, graph_bytes: int, mirrored: bool = False) -> MemoryPlan:
     """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped."""
     turn = reorientation(scan.affine, network.orientation, network.transpose)
-    shape = turn_shape(scan.shape, turn.axes)
+    shape = turn.shape(scan.shape)
     inner = resampled_shape(shape, turn.spacing(scan.zooms), network.spacing)
     padded = [max(size, tile) for size, tile in zip(inner, network.patch, strict=True)]
     voxels, inner_voxels = math.prod(scan.shape), math.prod(inner)
@@ -62,21 +62,24 @@ def plan_memory(scan: Scan, network: Network, graph_bytes: int, mirrored: bool =
     return MemoryPlan(
         engine=WEIGHT_COPIES * graph_bytes + tile * (network.activation_bytes + outputs * 4 * network.channels_out),
         scan=voxels * 10,
-        preprocessing=(voxels + inner_voxels) * 4
-        + (0 if inner == shape else voxels * SPLINE_BYTES + inner_voxels * 16),
-        features=4 * network.channels_out * (rows + carried) + inner_voxels * 8 + voxels * 4,
+        preprocessing=(voxels + inner_voxels) * 4 + _resampling_bytes(shape, inner, turn.spacing(scan.zooms), network),
+        features=4 * network.channels_out * (rows + carried + 4 * math.prod(shape[1:])) + inner_voxels * 8 + voxels * 4,
     )
 
 
-def turn_shape(shape: Shape, axes: Shape) -> Shape:
-    """(i, j, k) lengths in the order of the network's axes."""
-    d, h, w = (shape[axis] for axis in axes)
-    return d, h, w
+def _resampling_bytes(shape: Shape, target: Shape, spacing: Spacing, network: Network) -> int:
+    if shape == target:
+        return 0
+    total = math.prod(shape) * SPLINE_BYTES + math.prod(target) * 16
+    axis = separate_axis(spacing, network.spacing, network.image_resampling.force_separate_z)
+    if axis is not None:  # every slice at the new in-plane spacing
+        total += shape[axis] * math.prod(target) // target[axis] * 16
+    return total
 
 
 def check_memory(scan: Scan, plan: MemoryPlan, max_ram: float | None) -> None:
     """Raise MemoryLimitError if `plan` exceeds `max_ram` GiB, or what is free here if that is None."""
-    limit = SHARE * available_memory() if max_ram is None else max_ram * 2**30
+    limit = SHARE * (available_memory() + resident_memory()) if max_ram is None else max_ram * 2**30
     if plan.total <= limit:
         return
     source = "are free here" if max_ram is None else "are allowed by --max-ram"

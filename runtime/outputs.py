@@ -1,12 +1,14 @@
-"""Writing results: all of a scan's files appear at once by rename, or none does."""
+"""Writing results: a scan's files appear by rename once all of them are written, or all stay as they were."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
+import secrets
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +75,58 @@ def nifti_bytes(indices: Labels, scan: Scan) -> bytes:
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write every file beside its final name, then rename them; raises OutputError and leaves nothing if one fails."""
+    """Write every file beside its final name, then rename them all.
+
+    If one fails, what was there before is put back and OutputError is raised.
+    """
     temporaries: dict[Path, Path] = {}
-    created: list[Path] = []
-    path = Path()
     try:
         for path, data in contents.items():
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-                temporaries[path] = Path(file.name)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in temporaries.items():
-            temporary.chmod(0o666 & ~_umask())
-            is_new = not path.exists()
-            os.replace(temporary, path)
-            created += [path] * is_new
-    except OSError as error:
-        for new in created:
-            new.unlink()
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); no new file was left") from error
+            temporaries[path] = _beside(path)
+            with _reported(path):
+                _write(temporaries[path], data)
+        _replace(temporaries)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _replace(temporaries: Mapping[Path, Path]) -> None:
+    kept: dict[Path, Path] = {}
+    placed: list[Path] = []
+    try:
+        for path, temporary in temporaries.items():
+            with _reported(path):
+                if path.exists():
+                    kept[path] = _beside(path)
+                    os.replace(path, kept[path])
+                os.replace(temporary, path)
+                placed.append(path)
+    except OutputError:
+        for path in placed:
+            path.unlink()
+        for path, old in kept.items():
+            if old.exists():
+                os.replace(old, path)
+        raise
+    for old in kept.values():
+        old.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{secrets.token_hex(8)}.part")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -6,11 +6,12 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.engines.errors import BackendError, BundleError
 from edgemuse.engines.hardware import machine, peak_memory
-from edgemuse.engines.protocol import Engine, EngineOptions
-from edgemuse.engines.registry import open_engine
+from edgemuse.engines.protocol import Batch, Engine, EngineOptions
+from edgemuse.engines.registry import choose, open_engine
 from edgemuse.runtime import outputs
-from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.bundle import Bundle, Network, open_bundle
+from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
 from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
@@ -67,7 +69,7 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        self.bundle, self.options = bundle, options
+        self.bundle, self.options = bundle, replace(options, engine=choose(options.engine)[1])
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -90,6 +92,7 @@ class Segmenter:
             scan = open_scan(path)
             memory = self.plan(scan)
             check_memory(scan, memory, self.options.max_ram)
+            _warn_orientation(scan, self.network)
             image = read_image(scan)
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
@@ -131,7 +134,7 @@ class Segmenter:
     def _classes(
         self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
     ) -> Labels:
-        infer = mirrored(engine.infer, self.network.mirror_axes if self.profile.mirror else ())
+        infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
         slabs = merge_tiles(prepared.image, plan, self._window, infer, lambda: progress(next(done), plan.count))
         network = self.network
@@ -139,6 +142,15 @@ class Segmenter:
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
         return label_slabs(_finite(slabs), self.head, network.classes, matrices, prepared.box_shape)
+
+    def _infer(self, engine: Engine, tile: Batch) -> Batch:
+        features = engine.infer(tile)
+        expected = (1, self.network.channels_out, *self.network.patch)
+        if features.shape != expected:
+            raise BundleError(
+                f"{self.bundle.path}: the graph returns {features.shape}, its manifest says {expected}; export it again"
+            )
+        return features
 
     def _provenance(
         self, scan: Scan, plan: TilePlan, engine: Engine, memory: MemoryPlan, seconds: dict[str, float]
@@ -167,7 +179,8 @@ class Segmenter:
                 "step": self.profile.step,
                 "mirrored_axes": mirrored_axes,
             },
-            "versions": {name: version(name) for name in ("numpy", "scipy", "nibabel")},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("numpy", "scipy", "nibabel")},
             "machine": machine(),
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
             "memory": {"planned_bytes": memory.total, "peak_bytes": peak_memory()},
@@ -214,9 +227,14 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path) -> list[Path
     return list(paths.values())
 
 
-def with_engine(options: Options, **changes: Any) -> Options:
-    """`options` with some of its engine's options changed."""
-    return replace(options, engine=replace(options.engine, **changes))
+def _warn_orientation(scan: Scan, network: Network) -> None:
+    if network.orientation is None:
+        log.warning(
+            "%s is stored %s and the bundle does not say what its network was trained on; if that differs, the labels "
+            "are wrong: export the model again with --orientation",
+            scan.path,
+            orientation(scan.affine),
+        )
 
 
 def _finite(slabs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:

@@ -29,6 +29,8 @@ SPACING_TOLERANCE = 0.01
 """Relative difference of voxel sizes between pixdim and sform beyond which the volumes would be wrong."""
 FORMS_COSINE = 0.7
 """Cosine of the angle between the same axis in sform and qform below which one of the two must be wrong."""
+MAX_TAIL_BYTES = 64 << 20
+"""What may follow the voxels in a gzip file: it is read for the checksum at the end, and could go on for ever."""
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 
@@ -44,11 +46,6 @@ class Scan:
     zooms: Spacing
     affine: Affine
     nifti: Any
-
-    @property
-    def stem(self) -> str:
-        """File name without `.nii[.gz]` and without a trailing `_T1w`."""
-        return scan_stem(self.path)
 
 
 def scan_stem(path: Path) -> str:
@@ -100,9 +97,10 @@ def _voxels(scan: Scan) -> NDArray[Any]:
         return data
     with gzip.open(scan.path) as file:
         data = np.asanyarray(ArrayProxy(file, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)))
-        while file.read(1 << 20):
-            pass
-    return data
+        for _ in range(MAX_TAIL_BYTES >> 20):
+            if not file.read(1 << 20):
+                return data
+    raise ValueError(f"more than {MAX_TAIL_BYTES >> 20} MiB follow the voxels")
 
 
 def file_sha256(path: Path) -> str:

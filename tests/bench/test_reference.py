@@ -13,7 +13,7 @@ from edgemuse.bench.reference import Reference
 @pytest.fixture
 def scan(tmp_path):
     rng = np.random.default_rng(3)
-    return write_scan(tmp_path / "scan.nii.gz", rng.normal(100, 30, (30, 34, 38)).astype(np.float32), (1.0, 1.1, 1.3))
+    return write_scan(tmp_path / "scan.nii.gz", rng.normal(100, 30, (20, 18, 24)).astype(np.float32), (1.0, 1.1, 1.3))
 
 
 @pytest.mark.parametrize(

@@ -25,20 +25,24 @@ def test_available_memory_is_within_the_machine() -> None:
     assert 0 < hardware.available_memory() <= psutil.virtual_memory().total
 
 
-@pytest.mark.parametrize(("limit", "used", "free"), [("1000", "400", 600), ("1000", "1400", 0)])
+@pytest.mark.parametrize(
+    ("limit", "used", "cache", "free"), [("1000", "400", 0, 600), ("1000", "900", 300, 400), ("1000", "1400", 0, 0)]
+)
 def test_container_limit_counts(
-    limit: str, used: str, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, used: str, cache: int, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "limit").write_text(f"{limit}\n")
     (tmp_path / "used").write_text(f"{used}\n")
-    monkeypatch.setattr(hardware, "CGROUP_LIMITS", [(tmp_path / "limit", tmp_path / "used")])
+    (tmp_path / "memory.stat").write_text(f"anon 5\ncache {cache}\n")
+    monkeypatch.setattr(hardware, "CGROUPS", [(tmp_path, "limit", "used", "cache")])
     assert hardware.available_memory() == free
 
 
 def test_no_limit_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "limit").write_text("max\n")
-    files = [(tmp_path / "limit", tmp_path / "absent"), (tmp_path / "absent", tmp_path / "absent")]
-    monkeypatch.setattr(hardware, "CGROUP_LIMITS", files)
+    (tmp_path / "used").write_text("1\n")
+    (tmp_path / "memory.stat").write_text("cache 0\n")
+    monkeypatch.setattr(hardware, "CGROUPS", [(tmp_path, "limit", "used", "cache"), (tmp_path / "absent", "", "", "")])
     assert hardware.available_memory() > 1 << 20
 
 

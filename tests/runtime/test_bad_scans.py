@@ -376,7 +376,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, model: Path, cli: Comma
     ran = run_process("segment", scan, "-m", model, "-o", tmp_path / "out", cache_dir=cache_dir, prelude=limit)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        f"edgemuse: {tmp_path}/out/sub-01_dseg.nii.gz: cannot be written (File too large); no new file was left\n"
+        f"edgemuse: {tmp_path}/out/sub-01_dseg.nii.gz: cannot be written (File too large); nothing was changed\n"
     )
     assert snapshot(tmp_path) == before | {"out": "folder"}
 

@@ -16,8 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from bundles import CommandLine, Tiny, edit_manifest, npz_bytes, replace_file, snapshot, tiny_bundle, write_scan
+from bundles import (
+    CommandLine,
+    Tiny,
+    edit_manifest,
+    npz_bytes,
+    replace_file,
+    snapshot,
+    tiny_bundle,
+    tiny_graph,
+    write_scan,
+)
 from bundles import zip_bundle as zipped
 
 from edgemuse.engines.errors import BundleError, MemoryLimitError
@@ -442,3 +453,40 @@ def test_fields_of_the_helper_reach_the_manifest(tmp_path: Path) -> None:
     network = open_bundle(tiny_bundle(tmp_path / "b", classes=3, features=5, spacing=(1, 2, 3))).manifest.network
     assert (network.classes, network.channels_out, network.spacing) == (3, 5, (1.0, 2.0, 3.0))
     assert Tiny().channels == 4
+
+
+@pytest.mark.parametrize("location", ["secret.bin", "../secret.bin", "/etc/hostname"])
+def test_weights_outside_the_bundle_are_refused(location: str, tmp_path: Path) -> None:
+    model = onnx.load_from_string(tiny_graph())
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.ClearField("float_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    folder = replace_file(tiny_bundle(tmp_path / "b"), "backbone.fp32.onnx", model.SerializeToString())
+    with pytest.raises(BundleError, match="outside the bundle"):
+        open_bundle(folder).graph("fp32")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_zip_methods_without_an_output_limit_are_refused(method: int, tmp_path: Path) -> None:
+    archive = zipped(tiny_bundle(tmp_path / "b"), tmp_path / "b.zip", method)
+    with pytest.raises(BundleError, match="other than deflate"):
+        open_bundle(archive)
+
+
+def test_compressed_head_is_refused(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    np.savez_compressed(data, weight=np.zeros((1000, 1000), np.float32), bias=np.zeros(1000, np.float32))
+    folder = replace_file(tiny_bundle(tmp_path / "b"), "head.npz", data.getvalue())
+    with pytest.raises(BundleError, match="compressed"):
+        open_bundle(folder).head()
+
+
+def test_graph_with_other_channels_than_its_manifest_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = replace_file(tiny_bundle(tmp_path / "b"), "backbone.fp32.onnx", tiny_graph(Tiny(features=7)))
+    ran = CommandLine(capfd, tmp_path / "cache")(
+        "segment", write_scan(tmp_path / "t1.nii.gz"), "-m", folder, "-o", tmp_path / "out"
+    )
+    assert (ran.code, ran.out) == (2, "")
+    assert "its manifest says" in ran.err

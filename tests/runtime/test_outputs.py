@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -165,10 +166,29 @@ def test_none_of_the_files_is_left_if_one_fails(
     with pytest.raises(OutputError) as caught:
         write_files({tmp_path / name: b"x" * 10 for name in names})
     failed = tmp_path / names[at - 1]
-    assert str(caught.value) == f"{failed}: cannot be written (No space left on device); no new file was left"
+    assert str(caught.value) == f"{failed}: cannot be written (No space left on device); nothing was changed"
     assert snapshot(tmp_path) == before
 
 
 def test_folder_that_went_away(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file or directory"):
         write_files({tmp_path / "gone" / "a": b"1"})
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_earlier_results_are_put_back_if_one_fails(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = [], os.replace
+
+    def failing(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == at:
+            raise PermissionError(13, "Permission denied")
+        real(*arguments)
+
+    for name in "abc":
+        (tmp_path / name).write_text("old")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OutputError, match="nothing was changed"):
+        write_files({tmp_path / name: b"new" for name in "abc"})
+    assert snapshot(tmp_path) == before
