@@ -463,7 +463,7 @@ def test_weights_outside_the_bundle_are_refused(location: str, tmp_path: Path) -
     weight.ClearField("float_data")
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=location)
-    folder = replace_file(tiny_bundle(tmp_path / "b"), "backbone.fp32.onnx", model.SerializeToString())
+    folder = replace_file(tiny_bundle(tmp_path / "b"), "fp32.onnx", model.SerializeToString())
     with pytest.raises(BundleError, match="outside the bundle"):
         open_bundle(folder).graph("fp32")
 
@@ -484,7 +484,7 @@ def test_compressed_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_graph_with_other_channels_than_its_manifest_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = replace_file(tiny_bundle(tmp_path / "b"), "backbone.fp32.onnx", tiny_graph(Tiny(features=7)))
+    folder = replace_file(tiny_bundle(tmp_path / "b"), "fp32.onnx", tiny_graph(Tiny(features=7)))
     ran = CommandLine(capfd, tmp_path / "cache")(
         "segment", write_scan(tmp_path / "t1.nii.gz"), "-m", folder, "-o", tmp_path / "out"
     )
