@@ -72,7 +72,7 @@ def test_arrows_point_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if relative(path).startswith("engines/")], ids=relative)
 def test_engines_import_only_their_own_backend(path: Path) -> None:
-    backend = {path.stem} if path.stem in ("openvino", "onnxruntime", "tensorrt") else set()
+    backend = {path.stem.partition("_")[0]} & {"openvino", "onnxruntime", "tensorrt"}
     assert libraries(path) <= ENGINE_LIBRARIES | backend | EXCEPTIONS.get(relative(path), set())
 
 
