@@ -91,8 +91,11 @@ def export_model(folder: Path, output: Path, options: ExportOptions | None = Non
     head = merge_heads(model.networks) if defers_head(model.networks) else None
     network = _network(model, head, activation_bytes(graph, model.plan.patch), options)
     _check_memory(network)
+    if network.orientation is None:
+        options.progress("no --orientation: a scan that is not stored as the training data were will get wrong labels")
     patches = verification_patches(options.scans, network)
-    verification = verify(model.networks, graph, head, patches, options.progress)
+    source = [scan.name for scan in options.scans] or "synthetic phantoms; name real scans with --scan"
+    verification = {"patches": source} | verify(model.networks, graph, head, patches, options.progress)
     files = {GRAPH: graph} | ({} if head is None else {HEAD: head_bytes(head)})
     options.progress(f"writing {output}")
     return write_bundle(output, _manifest(model, network, files, verification, options), files)

@@ -37,6 +37,10 @@ def _mb(bundle: Bundle, name: str) -> str:
 
 
 def _records(title: str, record: object, indent: str = "") -> list[str]:
+    if isinstance(record, list) and any(isinstance(entry, dict) for entry in record):
+        return [line for entry in record for line in _records(title, entry, indent)]
+    if isinstance(record, list):
+        record = ", ".join(map(str, record))
     if not isinstance(record, dict):
         return [f"{indent}{title}: {record}"]
     return [
