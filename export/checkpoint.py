@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 
 from edgemuse.engines.errors import ModelFolderError
 from edgemuse.export.documents import blaming, mapping, short, text, whole
+from edgemuse.runtime.scan import file_sha256
 
 NUMBERS = (
     "Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64", "Float16", "Float32", "Float64",
@@ -83,7 +83,7 @@ def read_checkpoint(path: Path, fold: str) -> Checkpoint:
             configuration=text(mapping(contents["init_args"], "init_args")["configuration"], "configuration"),
             mirror_axes=_mirror_axes(contents.get("inference_allowed_mirroring_axes")),
             trainer=text(contents["trainer_name"], "trainer_name"),
-            sha256=_sha256(path),
+            sha256=file_sha256(path),
         )
 
 
@@ -120,11 +120,3 @@ def _mirror_axes(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise TypeError(f"{what} must be a list of axes, found {short(value)}")
     return tuple(sorted({whole(axis, 0, 2, what) for axis in value}))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
