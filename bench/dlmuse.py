@@ -7,7 +7,6 @@ off on both sides.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import psutil
 
 from edgemuse.bench import scans
 from edgemuse.bench.agreement import agreement, mean_dice
-from edgemuse.engines.hardware import cpu_cores, cpu_name
+from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
 
 SHAPE = (163, 214, 155)
 NNUNET = """
@@ -48,10 +47,10 @@ def measure(command: list[str], cache: Path) -> Run:
     start = time.perf_counter()
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    watched, peak = psutil.Process(process.pid), 0
+    peak = 0
     while process.poll() is None:
         try:
-            peak = max(peak, _peak(watched))
+            peak = max(peak, peak_memory(process.pid))
         except psutil.NoSuchProcess:
             break
         time.sleep(0.01)
@@ -59,15 +58,6 @@ def measure(command: list[str], cache: Path) -> Run:
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, command)
     return Run(seconds, peak)
-
-
-def _peak(process: psutil.Process) -> int:
-    """The system's own record of the peak where it keeps one, else what the process holds now."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    memory = process.memory_info()
-    return int(getattr(memory, "peak_wset", memory.rss))
 
 
 def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:

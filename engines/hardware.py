@@ -51,17 +51,21 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    with contextlib.suppress(OSError, StopIteration):  # Linux; getrusage would count the parent's peak before exec
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    import resource
+def peak_memory(pid: int | None = None) -> int:
+    """Highest resident memory of this process, or of process `pid`, so far, in bytes.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    Where the system keeps no such record of another process (macOS), it is what that process holds now.
+    """
+    with contextlib.suppress(OSError, StopIteration):  # Linux; getrusage would count the parent's peak before exec
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    if sys.platform != "win32" and pid is None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    memory = psutil.Process(pid).memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
 
 
 def machine() -> dict[str, str | int]:

@@ -19,14 +19,14 @@ def kinds(model):
     return [node.get_type_name() for node in model.get_ordered_ops()]
 
 
-def decoder(rng, low=5, up=3, skip=4, out=6, bias=True, stride=2):
+def decoder(rng, low=5, up=3, skip=4, out=6, bias=True, stride=2, bias_size=3):
     """Convolution of concat(upsampled (+ bias), skip), as a decoder's stage begins."""
     below, beside = ops.parameter([1, low, 3, 4, 2], np.float32), ops.parameter([1, skip, 6, 8, 2 * stride], np.float32)
     spread = rng.normal(size=(low, up, 2, 2, stride)).astype("f4")
     settings = {"pads_begin": [0] * 3, "pads_end": [0] * 3, "dilations": [1] * 3}
     raised = ops.convolution_backprop_data(below, ops.constant(spread), [2, 2, stride], **settings)
     if bias:
-        raised = ops.add(raised, ops.constant(rng.normal(size=(1, up, 1, 1, 1)).astype("f4")))
+        raised = ops.add(raised, ops.constant(rng.normal(size=(1, bias_size, 1, 1, 1)).astype("f4")))
     weight = rng.normal(size=(out, up + skip, 3, 3, 3)).astype("f4")
     joined = ops.concat([raised, beside], 1)
     result = ops.convolution(joined, ops.constant(weight), [1] * 3, [1] * 3, [1] * 3, [1] * 3)
@@ -46,8 +46,9 @@ def test_merged_upsampling_is_the_same_at_every_voxel(bias):
     np.testing.assert_allclose(run(model, *inputs), expected, atol=2e-5 * expected.std())
 
 
-def test_other_strides_are_left_alone():
-    model = decoder(np.random.default_rng(1), stride=1)
+@pytest.mark.parametrize("odd", [{"stride": 1}, {"bias_size": 1}], ids=str)
+def test_what_is_not_such_a_decoder_is_left_alone(odd):
+    model = decoder(np.random.default_rng(1), **odd)
     before = kinds(model)
     merge_upsampling(model)
     assert kinds(model) == before
