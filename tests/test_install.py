@@ -43,6 +43,11 @@ def test_torch_cannot_be_imported(bare_python):
     assert "ModuleNotFoundError" in ran.stderr
 
 
+def test_training_stays_outside(bare_python):
+    ran = subprocess.run([bare_python, "-c", "import edgemuse.training"], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError" in ran.stderr
+
+
 @pytest.mark.parametrize("name", ["chris", "crop", "vxm"])
 def test_the_same_file_without_torch(name, bare_python, bundle, tmp_path):
     scan = SHARED / "t1" / f"{name}_T1w.nii.gz"

@@ -1,0 +1,1 @@
+"""How the built-in model was made. Needs PyTorch; not part of the installed package."""

@@ -1,0 +1,137 @@
+"""The network, and its nnU-Net v2 model folder, which `nnUNetPredictor` and `edgemuse export` read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgemuse.runtime.types import Shape
+from edgemuse.training.labelmaps import INDICES, class_names
+
+FEATURES = (16, 32, 64, 128, 256)
+PATCH: Shape = (80, 96, 80)
+SPACING = 1.5
+"""mm"""
+NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+CHECKPOINT = "fold_0/checkpoint_final.pth"
+
+
+def architecture(features: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of PlainConvUNet, with classes named as nnU-Net's plans name them."""
+    stages = len(features)
+    return {
+        "n_stages": stages,
+        "features_per_stage": list(features),
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+
+
+def build_network(features: tuple[int, ...]) -> Any:
+    """The network of `architecture`, with deep supervision and He initialisation."""
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+
+    classes = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    arguments = architecture(features) | classes
+    network = PlainConvUNet(input_channels=1, num_classes=len(INDICES), deep_supervision=True, **arguments)
+    return network.apply(InitWeights_He(1e-2))
+
+
+def write_folder(folder: Path, weights: Mapping[str, Tensor], features: tuple[int, ...], patch: Shape) -> None:
+    """Write or refresh a model folder; weights are stored in half precision, which loading turns back to single."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "plans.json", _plans(features, patch))
+    _write_json(folder / "dataset.json", _dataset())
+    rows = [
+        f"{number}\t{index}\t{name}" for number, (index, name) in enumerate(zip(INDICES, class_names(), strict=True))
+    ]
+    (folder / "labels.tsv").write_text("\n".join(["class\tindex\tname", *rows]) + "\n", encoding="utf-8")
+    save(
+        {
+            "network_weights": {name: weight.detach().cpu().half() for name, weight in weights.items()},
+            "init_args": {"configuration": "3d_fullres", "fold": 0},
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": None,
+        },
+        folder / CHECKPOINT,
+    )
+
+
+def save(contents: object, path: Path) -> None:
+    """`torch.save` that leaves the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(contents, partial)
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, contents: object) -> None:
+    path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
+def _dataset() -> dict[str, Any]:
+    return {
+        "channel_names": {"0": "T1w"},
+        "labels": {name: number for number, name in enumerate(class_names())},
+        "numTraining": 16,
+        "file_ending": ".nii.gz",
+        "name": "Dataset902_SynthesisedT1",
+    }
+
+
+def _plans(features: tuple[int, ...], patch: Shape) -> dict[str, Any]:
+    """nnU-Net's plans in the layout of nnunetv2 2.3 and later."""
+    resampling = {"is_seg": False, "order_z": 0, "force_separate_z": None}
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 1,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": [128.0, 149.0, 128.0],
+        "spacing": [SPACING] * 3,
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [True],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": resampling | {"order": 3},
+        "resampling_fn_seg_kwargs": resampling | {"is_seg": True, "order": 1},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": resampling | {"order": 1},
+        "architecture": {
+            "network_class_name": NETWORK,
+            "arch_kwargs": architecture(features),
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        "batch_dice": False,
+    }
+    intensities = {"max": 1.0, "mean": 0.5, "median": 0.5, "min": 0.0, "percentile_00_5": 0.0, "percentile_99_5": 1.0}
+    return {
+        "dataset_name": "Dataset902_SynthesisedT1",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+        "original_median_shape_after_transp": [192, 224, 192],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": configuration},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": intensities | {"std": 0.2}},
+    }

@@ -1,0 +1,94 @@
+"""The label maps that images are synthesised from: classes, sides, and how they are read.
+
+SynthSeg's 20 training label maps (Billot et al., Medical Image Analysis 2023; Apache-2.0) carry FreeSurfer's numbers
+inside the brain, 24 for all fluid around it, and numbers from 500 on for the tissues outside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemuse.engines.errors import InputError
+
+LabelMap = NDArray[np.int16]
+"""(d, h, w): inferior to superior, anterior to posterior, right to left, at 1 mm. That is an LPS grid's (k, j, i)."""
+
+NAMES = {
+    2: "cerebral_white_matter", 3: "cerebral_cortex", 4: "lateral_ventricle", 5: "inferior_lateral_ventricle",
+    7: "cerebellum_white_matter", 8: "cerebellum_cortex", 10: "thalamus", 11: "caudate", 12: "putamen",
+    13: "pallidum", 14: "3rd_ventricle", 15: "4th_ventricle", 16: "brain_stem", 17: "hippocampus", 18: "amygdala",
+    24: "CSF", 26: "accumbens_area", 28: "ventral_DC",
+}  # fmt: skip
+"""FreeSurfer's number of the left-hand or unpaired structure."""
+MIDLINE = (14, 15, 16, 24)
+RIGHT = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54, 26: 58, 28: 60}
+"""Left to right."""
+LESIONS = {25: 2, 57: 41}
+"""Lesions of the white matter count as white matter of their side."""
+INNER_PAIRS = {25: 57, 30: 62, 136: 137, 163: 164}
+"""Labels of the maps that are no class of their own, left to right."""
+INDICES = (0, *sorted(NAMES), *sorted(RIGHT.values()))
+"""FreeSurfer's number of each class; class 0 is the background."""
+OUTSIDE = 500
+"""Numbers from here on are tissues outside the brain."""
+LARGEST = 1023
+HELD_OUT = ("17", "18", "19", "20")
+"""Maps that no training image is made from."""
+MARGIN = 8
+"""Voxels of air kept around the head."""
+
+
+def class_names() -> list[str]:
+    """The name of each class, in order."""
+    left = {right: left for left, right in RIGHT.items()}
+    names = ["background"]
+    for index in INDICES[1:]:
+        side = "" if index in MIDLINE else "right_" if index in left else "left_"
+        names.append(side + NAMES[left.get(index, index)])
+    return names
+
+
+def class_table() -> NDArray[np.uint8]:
+    """(1024,): the class of each number of a label map."""
+    table = np.zeros(LARGEST + 1, np.uint8)
+    table[list(INDICES)] = np.arange(len(INDICES))
+    for lesion, tissue in LESIONS.items():
+        table[lesion] = table[tissue]
+    return table
+
+
+def mirror_table() -> NDArray[np.int16]:
+    """(1024,): the number that each number turns into when left and right change places."""
+    table = np.arange(LARGEST + 1, dtype=np.int16)
+    for left, right in (RIGHT | INNER_PAIRS).items():
+        table[left], table[right] = right, left
+    return table
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read a label map of 1 mm, turn it to LPS and crop it to the head and `MARGIN`; raises InputError."""
+    image = nib.load(path)
+    if not np.allclose(image.header.get_zooms()[:3], 1, atol=0.05):
+        raise InputError(f"{path}: expected voxels of 1 mm, found {image.header.get_zooms()}")
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt("LPS"))
+    numbers = np.asanyarray(image.as_reoriented(turn).dataobj).transpose(2, 1, 0)
+    if numbers.min() < 0 or numbers.max() > LARGEST:
+        raise InputError(f"{path}: expected labels from 0 to {LARGEST}")
+    box = tuple(
+        slice(max(int(used[0]) - MARGIN, 0), int(used[-1]) + MARGIN + 1)
+        for used in (np.flatnonzero(numbers.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1)))
+    )
+    return np.ascontiguousarray(numbers[box], dtype=np.int16)
+
+
+def find_label_maps(folder: Path, held_out: bool) -> list[Path]:
+    """The maps for training, or those that were held out, sorted; raises InputError if there are none."""
+    found = sorted(folder.glob("*.nii.gz"))
+    chosen = [path for path in found if (path.name.removesuffix(".nii.gz")[-2:] in HELD_OUT) == held_out]
+    if not chosen:
+        raise InputError(f"{folder}: no {'held-out ' if held_out else ''}label maps (*.nii.gz) here")
+    return chosen
