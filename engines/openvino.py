@@ -9,7 +9,7 @@ import openvino as ov
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_name
-from edgemuse.engines.openvino_rewrites import merge_upsampling, normalise_precisely
+from edgemuse.engines.openvino_rewrites import fold_constants, merge_upsampling, normalise_precisely
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -52,6 +52,7 @@ class OpenVINOEngine:
             model = self._core.read_model(graph)
             model.reshape(list(self._shape))
             if self.precision == "fp32":
+                fold_constants(model)
                 merge_upsampling(model)
                 normalise_precisely(model)
             compiled = self._core.compile_model(model, self.device, self._config)

@@ -1,6 +1,6 @@
 """Rewrites of an OpenVINO model that change how it computes and not what.
 
-Both are exact up to the order in which float32 numbers are added up, and both rest on shapes that are fixed.
+They are exact up to the order in which float32 numbers are added up, and rest on shapes that are fixed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,14 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
+from openvino.passes import ConstantFolding, Manager
+
+
+def fold_constants(model: ov.Model) -> None:
+    """Work out what depends on no input, such as weights that are stored in half precision and cast."""
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(model)
 
 
 def normalise_precisely(model: ov.Model) -> None:

@@ -14,11 +14,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="tracing needs PyTorch")
 onnx = pytest.importorskip("onnx", reason="graphs need onnx")
 
-from edgemuse.engines.errors import ModelFolderError
+from edgemuse.engines.errors import BackendError, ModelFolderError
+from edgemuse.engines.protocol import EngineOptions
+from edgemuse.engines.registry import NAMES, open_engine
 from edgemuse.export import graph as graph_module
 from edgemuse.export.architecture import backbone, load_network
 from edgemuse.export.checkpoint import read_checkpoints
-from edgemuse.export.graph import activation_bytes, export_graph
+from edgemuse.export.graph import activation_bytes, export_graph, halve_weights
 from edgemuse.export.plans import read_plan
 
 
@@ -113,3 +115,43 @@ def test_too_many_weights_for_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MAX_WEIGHT_BYTES", 100)
     with pytest.raises(ModelFolderError, match="choose fewer with --fold"):
         export_graph(torch.nn.Conv3d(1, 1, 3), (4, 4, 4))
+
+
+def rounded(raw: bytes) -> Any:
+    """A graph whose every weight is a half-precision number."""
+    model = onnx.load_model_from_string(raw)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16).astype(np.float32), tensor.name))
+    return model
+
+
+def test_halved_weights_are_the_same_weights(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "SMALLEST_HALVED", 1)
+    model = rounded(exported.bundle.graph("fp32"))
+    whole = model.SerializeToString()
+    halve_weights(model)
+    onnx.checker.check_model(model)
+    halved = model.SerializeToString()
+    patch = exported.bundle.manifest.network.patch
+    assert len(halved) < 0.75 * len(whole)
+    assert activation_bytes(halved, patch) == activation_bytes(whole, patch)
+    batch = np.random.default_rng(0).standard_normal((1, 1, *patch)).astype(np.float32)
+    for backend in NAMES:
+        results = []
+        for raw in (whole, halved):
+            try:
+                engine = open_engine(raw, batch.shape, EngineOptions(backend=backend))
+            except BackendError as error:
+                pytest.skip(str(error))
+            results.append(engine.infer(batch).copy())
+            engine.close()
+        assert np.array_equal(*results), backend
+
+
+def test_weights_that_would_lose_are_left_alone(exported: Any) -> None:
+    model = onnx.load_model_from_string(exported.bundle.graph("fp32"))
+    before = model.SerializeToString()
+    halve_weights(model)
+    assert model.SerializeToString() == before
