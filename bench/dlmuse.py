@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 
 from edgemuse.bench import scans
-from edgemuse.bench.agreement import agreement, mean_dice
 from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
+from edgemuse.runtime.agreement import agreement, mean_dice
 
 SHAPE = (163, 214, 155)
 NNUNET = """

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from edgemuse.bench import models, scans
-from edgemuse.bench.agreement import agreement, mean_dice
 from edgemuse.bench.reference import Reference
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.exporter import ExportOptions, export_model
+from edgemuse.runtime.agreement import agreement, mean_dice
 from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.pipeline import Options, Segmenter
 

@@ -40,8 +40,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option(
     "--labels", type=FILE, metavar="TABLE",
-    help="Table with the columns class, index, name and optionally color (#rrggbb), separated by tabs or commas: what "
-    "the network's classes are called and which number each gets in the result. Default: dataset.json.",
+    help="Table with the columns class, index, name and optionally color (#rrggbb) and single (yes, no), separated by "
+    "tabs or commas: what the network's classes are called, which number each gets in the result, and which are in one "
+    "piece, so that islands of them are removed. Default: dataset.json.",
 )  # fmt: skip
 @click.option("--name", help="Name of the model. Default: the data set's.")
 @click.option("--license", help="Licence of the weights, to be recorded in the bundle, such as CC-BY-4.0.")

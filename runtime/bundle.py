@@ -276,6 +276,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
             _int(row["index"], 0, (1 << 32) - 1),
             _text(row["name"]),
             _color(row.get("color")),
+            _bool(row.get("single", False)),
         )
         for row in data["labels"]
     )

@@ -62,6 +62,9 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
     \b
     First time here:
+      edgemuse demo                                    segment a sample scan and look at the result
+      edgemuse segment T1.nii.gz -o results            your own scan, with the built-in model
+    With your own nnU-Net:
       edgemuse export MODEL_FOLDER -o model.bundle     once, where PyTorch is installed
       edgemuse segment T1.nii.gz --model model.bundle -o results
     """  # noqa: D301 click reads the backspace itself
@@ -71,7 +74,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @cli.command()
 @click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="T1.nii.gz...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("-m", "--model", required=True, type=click.Path(path_type=Path), help="Bundle: a folder or a .zip.")
+@click.option("-m", "--model", type=click.Path(path_type=Path), metavar="BUNDLE", help="A folder or a .zip that "
+              "'export' made.  [default: the built-in model]")  # fmt: skip
 @click.option(
     "--profile",
     type=click.Choice(["reference", "balanced"]),
@@ -97,6 +101,9 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
 @click.option("--max-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse a scan that needs "
               "more memory.  [default: 90 % of what is free]")  # fmt: skip
+@click.option("--no-postprocess", is_flag=True, help="Keep islands: parts of a structure apart from its main part. "
+              "Bundles say which structures are in one piece; by default none.")  # fmt: skip
+@click.option("--no-qc", is_flag=True, help="Write no picture.")
 @click.option("--overwrite", is_flag=True, help="Replace results of an earlier run.")
 @click.option("-v", "--verbose", is_flag=True, help="One line a stage, and the planned memory.")
 @click.pass_context
@@ -105,8 +112,10 @@ def segment(
     /,
     scans: tuple[Path, ...],
     output: Path,
-    model: Path,
+    model: Path | None,
     max_ram: float | None,
+    no_postprocess: bool,
+    no_qc: bool,
     overwrite: bool,
     verbose: bool,
     **engine: Any,
@@ -120,22 +129,24 @@ def segment(
       sub-01_dseg.tsv         what the labels mean
       sub-01_volumes.csv      voxels and mm3 of every structure
       sub-01_provenance.json  inputs, model, versions, seconds, memory
+      sub-01_qc.png           slices with the labels over them: look at it
 
     and their paths are printed. A scan that cannot be segmented does not stop the others. Exit code: 0 all done,
     2 bad input or usage, 1 another failure.
     """  # noqa: D301 click reads the backspace itself
     _show_log(verbose)
     _bind_threads(engine["threads"])
+    from edgemuse.runtime.builtin import BUILT_IN
     from edgemuse.runtime.bundle import open_bundle
     from edgemuse.runtime.outputs import prepare_folder
     from edgemuse.runtime.pipeline import Segmenter
 
-    bundle = open_bundle(model)
+    bundle = open_bundle(model or BUILT_IN)
     prepare_folder(scans, output, overwrite)
     codes = []
-    with Segmenter(bundle, _options(max_ram, **engine)) as segmenter:
+    with Segmenter(bundle, _options(max_ram, not no_postprocess, **engine)) as segmenter:
         for scan in scans:
-            codes.append(_guard(partial(_segment_one, segmenter, bundle, scan, output), debug=ctx.obj))
+            codes.append(_guard(partial(_segment_one, segmenter, bundle, scan, output, not no_qc), debug=ctx.obj))
     if any(codes):
         if len(scans) > 1:
             click.echo(f"edgemuse: {sum(map(bool, codes))} of {len(scans)} scans failed", err=True)
@@ -143,15 +154,41 @@ def segment(
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path), metavar="BUNDLE")
-def info(model: Path) -> None:
-    """Show what a bundle holds, and check every file in it."""
+@click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
+@click.option("--card", is_flag=True, help="Print the built-in model's card: data, accuracy, known weaknesses.")
+def info(model: Path | None, card: bool) -> None:
+    """Show what a bundle holds, and check every file in it. Without BUNDLE: the built-in model."""
+    from edgemuse.runtime.builtin import BUILT_IN, MODEL_CARD
     from edgemuse.runtime.bundle import open_bundle
     from edgemuse.runtime.describe import describe_bundle
 
-    bundle = open_bundle(model)
+    if card:
+        click.echo(MODEL_CARD.read_text(encoding="utf-8"))
+        return
+    bundle = open_bundle(model or BUILT_IN)
     bundle.verify()
     click.echo(describe_bundle(bundle))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("edgemuse-demo"), show_default=True,
+              help="Folder for the results; those of an earlier demo are replaced.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
+def demo(output: Path, threads: int | None) -> None:
+    """Segment a sample scan that comes with edgemuse, and compare the result with the truth.
+
+    The scan is synthetic, so its true labels are known. Prints the Dice, the volumes and the seconds, and writes the
+    same files as 'segment', the picture among them.
+    """
+    _show_log(False)
+    _bind_threads(threads)
+    from edgemuse.runtime.demo import run
+
+    with _progress(Path("sample")) as progress:
+        report, paths = run(output, threads, progress)
+    click.echo(report, err=True)
+    for path in paths:
+        click.echo(path)
 
 
 @cli.command()
@@ -227,19 +264,19 @@ def _bind_threads(threads: int | None) -> None:
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
 
 
-def _options(max_ram: float | None, profile: str, **engine: Any) -> Options:
+def _options(max_ram: float | None, postprocess: bool, profile: str, **engine: Any) -> Options:
     from edgemuse.engines.protocol import EngineOptions
     from edgemuse.runtime.pipeline import Options, default_cache_dir
 
-    return Options(profile, EngineOptions(**engine, cache_dir=default_cache_dir()), max_ram)
+    return Options(profile, EngineOptions(**engine, cache_dir=default_cache_dir()), max_ram, postprocess)
 
 
-def _segment_one(segmenter: Segmenter, bundle: Bundle, scan: Path, output: Path) -> None:
+def _segment_one(segmenter: Segmenter, bundle: Bundle, scan: Path, output: Path, qc: bool) -> None:
     from edgemuse.runtime.pipeline import write
 
     with _progress(scan) as progress:
         result = segmenter.segment(scan, progress)
-    for path in write(result, bundle, output):
+    for path in write(result, bundle, output, qc):
         click.echo(path)
 
 

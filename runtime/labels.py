@@ -19,18 +19,28 @@ COLOR = re.compile("#[0-9a-fA-F]{6}")
 
 @dataclass(frozen=True)
 class Label:
-    """One class: its `number` in the network, its `index` in the protocol (FreeSurfer, MUSE), name and `#rrggbb`."""
+    """One class of the network.
+
+    Attributes:
+        number: in the network.
+        index: in the protocol (FreeSurfer, MUSE).
+        name: of the structure.
+        color: `#rrggbb`.
+        single: whether the structure is in one piece, so that islands of it are errors.
+    """
 
     number: int
     index: int
     name: str
     color: str | None = None
+    single: bool = False
 
 
 def parse_label_table(text: str) -> tuple[Label, ...]:
-    """Read a table with the columns class, index, name and optionally color, separated by tabs or commas.
+    """Read a table with the columns class, index, name and optionally color and single (yes, no).
 
-    Returns the rows in order of class; raises ValueError naming the line that is off.
+    Columns are separated by tabs or commas. Returns the rows in order of class; raises ValueError naming the line that
+    is off.
     """
     lines = text.lstrip("\ufeff").splitlines()
     delimiter = "\t" if lines and "\t" in lines[0] else ","
@@ -57,7 +67,10 @@ def _row(row: dict[str, str], line: int) -> Label:
     color = row.get("color") or None
     if color and not COLOR.fullmatch(color):
         raise ValueError(f"line {line}: color {color!r} is not #rrggbb")
-    return Label(number, index, row["name"], color)
+    single = (row.get("single") or "no").lower()
+    if single not in ("yes", "no"):
+        raise ValueError(f"line {line}: single must be yes or no, found {single!r}")
+    return Label(number, index, row["name"], color, single == "yes")
 
 
 def label_color(label: Label) -> str:

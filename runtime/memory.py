@@ -61,7 +61,7 @@ def plan_memory(scan: Scan, network: Network, graph_bytes: int, mirrored: bool =
     outputs = 4 if mirrored and network.mirror_axes else 2  # the engine's own, one on its way, and their mean
     return MemoryPlan(
         engine=WEIGHT_COPIES * graph_bytes + tile * (network.activation_bytes + outputs * 4 * network.channels_out),
-        scan=voxels * 10,
+        scan=voxels * 11,
         preprocessing=(voxels + inner_voxels) * 4 + _resampling_bytes(shape, inner, turn.spacing(scan.zooms), network),
         features=4 * network.channels_out * (rows + carried + 4 * math.prod(shape[1:])) + inner_voxels * 8 + voxels * 4,
     )

@@ -24,12 +24,13 @@ from edgemuse.engines.errors import BackendError, BundleError
 from edgemuse.engines.hardware import machine, peak_memory
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import choose, open_engine
-from edgemuse.runtime import outputs
+from edgemuse.runtime import outputs, picture
 from edgemuse.runtime.bundle import Bundle, Network, open_bundle
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
 from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
+from edgemuse.runtime.postprocess import remove_islands
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.resample import output_matrices
@@ -42,18 +43,31 @@ log = logging.getLogger("edgemuse")
 
 @dataclass(frozen=True)
 class Options:
-    """How to segment. `max_ram` is in GiB; None: nine tenths of what is free."""
+    """How to segment.
+
+    `max_ram` is in GiB; None: nine tenths of what is free. `postprocess`: remove islands, if the bundle says of what.
+    """
 
     profile: str = "reference"
     engine: EngineOptions = field(default_factory=lambda: EngineOptions(cache_dir=default_cache_dir()))
     max_ram: float | None = None
+    postprocess: bool = True
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The result for one scan: `classes` (i, j, k) on the scan's grid, the time of each stage, and how it was made."""
+    """The result for one scan, on its grid.
+
+    Attributes:
+        scan: what was segmented.
+        shown: (i, j, k) its intensities as grey values, for pictures.
+        classes: (i, j, k) class numbers.
+        seconds: of each stage.
+        provenance: how it was made.
+    """
 
     scan: Scan
+    shown: NDArray[np.uint8]
     classes: Labels
     seconds: dict[str, float]
     provenance: dict[str, Any]
@@ -94,6 +108,7 @@ class Segmenter:
             check_memory(scan, memory, self.options.max_ram)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
+            shown = picture.to_bytes(image)
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
             del image
@@ -104,7 +119,13 @@ class Segmenter:
             classes = self._classes(engine, prepared, plan, progress)
         with watch.stage("restore"):
             restored = _restore(classes, prepared, self.network.classes)
-        return Segmentation(scan, restored, watch.seconds, self._provenance(scan, plan, engine, memory, watch.seconds))
+        removed = 0
+        if self.options.postprocess:
+            with watch.stage("postprocess"):
+                removed = remove_islands(restored, self.bundle.manifest.labels)
+        provenance = self._provenance(scan, plan, engine, memory, watch.seconds)
+        provenance["postprocess"] = {"done": self.options.postprocess, "voxels_changed": removed}
+        return Segmentation(scan, shown, restored, watch.seconds, provenance)
 
     @cached_property
     def _window(self) -> NDArray[np.float32]:
@@ -208,8 +229,8 @@ def segment(path: str | Path, bundle: str | Path, options: Options | None = None
         return segmenter.segment(path)
 
 
-def write(segmentation: Segmentation, bundle: Bundle, folder: Path) -> list[Path]:
-    """Write the label map, its legend, the volumes and the provenance into `folder`; returns their paths."""
+def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture: bool = True) -> list[Path]:
+    """Write the label map, its legend, the volumes, the provenance and a picture into `folder`; returns their paths."""
     labels, scan = bundle.manifest.labels, segmentation.scan
     start = time.perf_counter()
     counts = count_voxels(segmentation.classes, labels)
@@ -219,12 +240,17 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path) -> list[Path
         "dseg.tsv": dseg_tsv(labels).encode(),
         "volumes.csv": volumes_csv(counts, labels, voxel_mm3).encode(),
     }
+    if with_picture:
+        found = sum(1 for label in labels if label.index and counts[label.number])
+        litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6
+        caption = f"{scan.path.name}   {bundle.manifest.name}   {found} structures   {litres:.2f} l"
+        contents["qc.png"] = picture.picture(segmentation.shown, segmentation.classes, scan.affine, labels, caption)
     seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
     provenance = segmentation.provenance | {"seconds": seconds}
     contents["provenance.json"] = (json.dumps(provenance, indent=2) + "\n").encode()
     paths = outputs.output_paths(scan.path, folder)
-    outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES})
-    return list(paths.values())
+    outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES if name in contents})
+    return [paths[name] for name in outputs.NAMES if name in contents]
 
 
 def _warn_orientation(scan: Scan, network: Network) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgemuse.runtime.types import Shape
-from edgemuse.training.labelmaps import INDICES, class_names
+from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
 
 FEATURES = (16, 32, 64, 128, 256)
 PATCH: Shape = (80, 96, 80)
@@ -59,10 +59,7 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], features: tuple[in
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "plans.json", _plans(features, patch))
     _write_json(folder / "dataset.json", _dataset())
-    rows = [
-        f"{number}\t{index}\t{name}" for number, (index, name) in enumerate(zip(INDICES, class_names(), strict=True))
-    ]
-    (folder / "labels.tsv").write_text("\n".join(["class\tindex\tname", *rows]) + "\n", encoding="utf-8")
+    (folder / "labels.tsv").write_text(label_table(), encoding="utf-8")
     save(
         {
             "network_weights": {name: weight.detach().cpu().half() for name, weight in weights.items()},
@@ -72,6 +69,14 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], features: tuple[in
         },
         folder / CHECKPOINT,
     )
+
+
+def label_table() -> str:
+    """What `edgemuse export --labels` reads."""
+    single = ("yes" if one else "no" for one in class_singles())
+    rows = zip(range(len(INDICES)), INDICES, class_names(), class_colors(), single, strict=True)
+    lines = ["class\tindex\tname\tcolor\tsingle", *("\t".join(map(str, row)) for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 def save(contents: object, path: Path) -> None:

@@ -24,6 +24,13 @@ NAMES = {
     24: "CSF", 26: "accumbens_area", 28: "ventral_DC",
 }  # fmt: skip
 """FreeSurfer's number of the left-hand or unpaired structure."""
+COLORS = {
+    2: "f5f5f5", 3: "cd3e4e", 4: "781286", 5: "c43afa", 7: "dcf8a4", 8: "e69422", 10: "00760e", 11: "7abadc",
+    12: "ec0db0", 13: "0c30ff", 14: "ccb68e", 15: "2acca4", 16: "779fb0", 17: "dcd814", 18: "67ffff", 24: "3c3c3c",
+    26: "ffa500", 28: "a52a2a",
+}  # fmt: skip
+"""FreeSurfer's colours of the left-hand structures; the right-hand ones have the same, but for the white matter."""
+RIGHT_WHITE_MATTER = "00e100"
 MIDLINE = (14, 15, 16, 24)
 RIGHT = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54, 26: 58, 28: 60}
 """Left to right."""
@@ -50,6 +57,18 @@ def class_names() -> list[str]:
         side = "" if index in MIDLINE else "right_" if index in left else "left_"
         names.append(side + NAMES[left.get(index, index)])
     return names
+
+
+def class_singles() -> list[bool]:
+    """Whether each class is in one piece: all but the background, and the fluid, which fills what is left."""
+    return [index not in (0, 24) for index in INDICES]
+
+
+def class_colors() -> list[str]:
+    """`#rrggbb` of each class, in order, as FreeSurfer's colour table has them."""
+    left = {right: left for left, right in RIGHT.items()}
+    colors = {index: COLORS[left.get(index, index)] for index in INDICES[1:]} | {0: "000000", 41: RIGHT_WHITE_MATTER}
+    return [f"#{colors[index]}" for index in INDICES]
 
 
 def class_table() -> NDArray[np.uint8]:

@@ -29,14 +29,15 @@ T1_MEANS = {
     136: 0.70, 163: 0.70,
 }  # fmt: skip
 """Mean intensity of the left-hand or unpaired labels, white matter = 1, as textbooks' T1 contrast has it."""
+FLUIDS = (4, 5, 14, 15, 24, 72)
 FINE = 1.0
 """Images are painted at this spacing in mm, and come to the network's spacing by averaging, as tissue borders do."""
 COARSE = 6.0
 """Spacing in mm of the copy of the whole head from which the scan's mean and deviation are taken."""
 RANDOM_CONTRAST = 0.2
 SKULL_STRIPPED = 0.5
-FAR_OFF = 0.1
-"""Share of samples with contrast unlike T1, without skull, and of patches anywhere in the head."""
+WINDOWS = 0.6
+"""Share of samples with contrast unlike T1, without skull, and of patches anywhere in the field of view."""
 
 FAMILY = np.arange(LARGEST + 1)
 for _left, _right in (RIGHT | INNER_PAIRS).items():
@@ -180,7 +181,7 @@ def _field(grid: Tensor, axes: list[Tensor], span: float) -> Tensor:
 
 def draw_look(g: torch.Generator) -> Look:
     """The contrast, mask, field, resolution and noise of one scan."""
-    means, spreads = _intensities(g)
+    means, spreads = _any_intensities(g) if chance(g, RANDOM_CONTRAST) else t1_intensities(g)
     voxel = _acquired_spacing(g)
     log_bias = torch.randn((1, 1, 4, 4, 4), generator=g) * uniform(g, 0, 0.45)
     return Look(
@@ -197,28 +198,32 @@ def draw_look(g: torch.Generator) -> Look:
     )
 
 
-def _intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(1024,) means and spreads; left and right of a structure are nearly alike."""
-    count = LARGEST + 1
-    family = torch.from_numpy(FAMILY)
-    if chance(g, RANDOM_CONTRAST):
-        means = torch.rand(count, generator=g)[family] * 1.2
-        spreads = torch.rand(count, generator=g)[family] * 0.12
-    else:
-        means = torch.rand(count, generator=g) * 1.3  # whatever has no usual intensity, above all outside the brain
-        for label, mean in T1_MEANS.items():
-            means[label] = mean
-        contrast = uniform(g, 0.65, 1.35)  # of grey to white matter
-        known = torch.tensor([label for label in NAMES if label not in (4, 5, 14, 15, 24)])
-        means[known] = 1 - (1 - means[known]) * contrast
-        fluids = torch.tensor([4, 5, 14, 15, 24, 72])
-        means[fluids] *= uniform(g, 0.3, 1.5)
-        means *= torch.exp(torch.randn(count, generator=g).clamp(-2.5, 2.5) * 0.06)
-        means = means[family]
-        spreads = (0.02 + torch.rand(count, generator=g) * 0.06)[family]
-    means = means * torch.exp(torch.randn(count, generator=g) * 0.01)
-    means[0] = 0
-    spreads[0] = 0
+def t1_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(1024,) means and spreads around those of T1; left and right of a structure are nearly alike."""
+    count, family = LARGEST + 1, torch.from_numpy(FAMILY)
+    means = torch.rand(count, generator=g) * 1.3  # whatever has no usual intensity, above all outside the brain
+    for label, mean in T1_MEANS.items():
+        means[label] = mean
+    contrast = uniform(g, 0.65, 1.35)  # of grey to white matter
+    known = torch.tensor([label for label in NAMES if label not in FLUIDS])
+    means[known] = 1 - (1 - means[known]) * contrast
+    means[torch.tensor(FLUIDS)] *= uniform(g, 0.3, 1.5)
+    means *= torch.exp(torch.randn(count, generator=g).clamp(-2.5, 2.5) * 0.06)
+    spreads = (0.02 + torch.rand(count, generator=g) * 0.06)[family]
+    return _settled(means[family], spreads, g)
+
+
+def _any_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(1024,) means and spreads of a contrast that no scanner need have."""
+    count, family = LARGEST + 1, torch.from_numpy(FAMILY)
+    means = torch.rand(count, generator=g)[family] * 1.2
+    return _settled(means, torch.rand(count, generator=g)[family] * 0.12, g)
+
+
+def _settled(means: Tensor, spreads: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A slight difference between left and right, and empty air."""
+    means = means * torch.exp(torch.randn(len(means), generator=g) * 0.01)
+    means[0] = spreads[0] = 0
     return means.clamp_min(0), spreads
 
 
@@ -302,7 +307,8 @@ def draw_patch(maps: list[LabelMap], shape: Shape, spacing: float, g: torch.Gene
     if chance(g, 0.5):
         labels = mirror(labels)
     warp, look, view = draw_warp(labels, g), draw_look(g), draw_view(g)
-    start = _patch_centre(g) - torch.tensor([n * spacing / 2 for n in shape])
+    extent = torch.tensor([n * spacing for n in shape])
+    start = _patch_centre(view, extent, g) - extent / 2
     image, numbers = _scan(labels, warp, look, start, shape, spacing, g)
     mean, deviation = scan_statistics(labels, warp, look, view, g)
     image = torch.where(image > 0, (image - mean) / deviation, 0)
@@ -311,18 +317,20 @@ def draw_patch(maps: list[LabelMap], shape: Shape, spacing: float, g: torch.Gene
     return image[None], torch.from_numpy(class_table())[numbers.to(torch.int64)]
 
 
-def draw_scan(labels: LabelMap, g: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_scan(labels: LabelMap, g: torch.Generator, look: Look) -> tuple[Tensor, Tensor]:
     """A whole scan at 1 mm: (d, h, w) float32 intensities from 0 on, and its labels (d, h, w) int16."""
-    warp, look, view = draw_warp(labels, g), draw_look(g), draw_view(g)
+    warp, view = draw_warp(labels, g), draw_view(g)
     shape = tuple(math.ceil(high - low) for low, high in view)
     start = torch.tensor([low for low, _ in view])
     return _scan(labels, warp, look, start, (shape[0], shape[1], shape[2]), 1.0, g)
 
 
-def _patch_centre(g: torch.Generator) -> Tensor:
-    """(3,) mm from the brain's centre: most patches hold most of the brain, some hold neck, face or air."""
-    if chance(g, FAR_OFF):
-        return (torch.rand(3, generator=g) - 0.5) * torch.tensor([180.0, 190.0, 150.0])
+def _patch_centre(view: View, extent: Tensor, g: torch.Generator) -> Tensor:
+    """(3,) mm from the brain's centre: where a tile of the sliding window may lie, or near the brain's centre."""
+    if chance(g, WINDOWS):
+        low, high = torch.tensor(view).T
+        room = (high - low - extent).clamp_min(0)
+        return (low + high) / 2 + (torch.rand(3, generator=g) - 0.5) * room
     return torch.randn(3, generator=g) * torch.tensor([14.0, 16.0, 12.0])
 
 

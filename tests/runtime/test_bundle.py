@@ -273,10 +273,10 @@ def changed(document: Any, path: tuple[Any, ...], change: Any) -> Any:
 
 
 def test_every_key_is_needed(document: Any) -> None:
-    """Without any one key the manifest is refused, but for the records and colours that are optional."""
+    """Without any one key the manifest is refused, but for the records, colours and the like that are optional."""
     optional = {("network", "mirror_axes", 0), ("network", "mirror_axes", 1)}
     for path in paths_of(document):
-        if path[0] in ("source", "verification") or path[-1] == "color" or path in optional:
+        if path[0] in ("source", "verification") or path[-1] in ("color", "single") or path in optional:
             continue
         with pytest.raises(BundleError) as caught:
             parse(changed(document, path, lambda node, key: node.pop(key)))

@@ -19,14 +19,16 @@ from bundles import CommandLine, head_image, run_process, tiny_bundle, write_sca
 
 from edgemuse.runtime import cli as cli_module
 from edgemuse.runtime.bundle import open_bundle
+from edgemuse.runtime.outputs import NAMES
 
-COMMANDS = ("segment", "info", "devices")
+COMMANDS = ("segment", "info", "demo", "devices")
 OPTIONS = {
     "segment": [
         *("--output", "--model", "--profile", "--backend", "--precision", "--device", "--threads", "--max-ram"),
-        *("--overwrite", "--verbose"),
+        *("--no-postprocess", "--no-qc", "--overwrite", "--verbose"),
     ],
-    "info": ["BUNDLE"],
+    "info": ["BUNDLE", "--card"],
+    "demo": ["--output", "--threads"],
     "devices": [],
 }
 AFFINE = np.array([[0, 0.1, -1.1, 11], [-1.2, 0, 0, -22.5], [0, 1.5, 0.1, 33], [0, 0, 0, 1]])
@@ -66,7 +68,7 @@ def test_overview_lists_every_command(cli: CommandLine) -> None:
     ran = cli("--help")
     assert (ran.code, ran.err) == (0, "")
     assert all(f"\n  {command} " in ran.out for command in (*COMMANDS, *cli_module.LAZY_COMMANDS))
-    assert "\n  First time here:\n    edgemuse export" in ran.out
+    assert "\n  First time here:\n    edgemuse demo" in ran.out
 
 
 def test_no_command_shows_the_overview(cli: CommandLine) -> None:
@@ -92,7 +94,6 @@ def test_version(cli: CommandLine) -> None:
         (["segment", "x.nii", "-o", "o", "-m", "b", "--profile", "quick"], "reference"),
         (["segment", "x.nii", "-o", "o", "-m", "b", "--precision", "int3"], "fp32"),
         (["segment", "x.nii", "-o", "o", "-m", "b"], "no such bundle"),
-        (["info"], "Missing argument"),
         (["info", "nowhere"], "no such bundle"),
         (["devices", "extra"], "unexpected extra argument"),
     ],
@@ -118,9 +119,14 @@ def test_unknown_backend_is_one_line(scan: Path, model: Path, cli: CommandLine, 
 def test_stdout_holds_the_paths_of_the_results_alone(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out")
     assert (ran.code, ran.err) == (0, "")
-    names = ("dseg.nii.gz", "dseg.tsv", "volumes.csv", "provenance.json")
-    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in names]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"sub-01_{name}" for name in names}
+    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in NAMES]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"sub-01_{name}" for name in NAMES}
+
+
+def test_without_a_picture(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--no-qc")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in NAMES if name != "qc.png"]
 
 
 def test_verbose_is_a_line_a_stage(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
@@ -128,9 +134,9 @@ def test_verbose_is_a_line_a_stage(scan: Path, model: Path, cli: CommandLine, tm
     assert ran.code == 0
     lines = ran.err.splitlines()
     assert all(line.startswith("edgemuse: ") for line in lines)
-    for start in ("memory: ", "load: ", "preprocess: ", "engine: ", "infer: ", "restore: "):
+    for start in ("memory: ", "load: ", "preprocess: ", "engine: ", "infer: ", "restore: ", "postprocess: "):
         assert any(line.removeprefix("edgemuse: ").startswith(start) for line in lines), start
-    assert len(ran.out.splitlines()) == 4
+    assert len(ran.out.splitlines()) == len(NAMES)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -197,7 +203,7 @@ def test_provenance(profile: str, axes: list[int], scan: Path, model: Path, cli:
     assert record["backend"]["precision"] == "fp32"
     assert record["backend"]["threads"] == 1
     assert (record["profile"]["name"], record["profile"]["mirrored_axes"]) == (profile, axes)
-    assert set(record["seconds"]) == {"load", "preprocess", "engine", "infer", "restore", "write"}
+    assert set(record["seconds"]) == {"load", "preprocess", "engine", "infer", "restore", "postprocess", "write"}
     assert all(seconds >= 0 for seconds in record["seconds"].values())
     assert 0 < record["memory"]["peak_bytes"]
     assert str(tmp_path) not in json.dumps(record)
@@ -261,7 +267,7 @@ atexit.register(lambda: print("heavy:", sorted(set({HEAVY!r}) & set(sys.modules)
     ran = run_process(*arguments, cache_dir=cache_dir, prelude=prelude)
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines()[-1] == "heavy: []"
-    assert len(ran.out.splitlines()) == 5
+    assert len(ran.out.splitlines()) == len(NAMES) + 1
 
 
 def test_help_imports_no_numerical_library(cache_dir: Path) -> None:

@@ -49,9 +49,15 @@ def test_quotes_and_colors() -> None:
     assert label == Label(0, 3, 'a, "b"', "#ff00aa")
 
 
+def test_structures_in_one_piece() -> None:
+    text = "class,index,name,single\n0,0,background,no\n1,47,Hippocampus,Yes\n2,24,CSF,\n"
+    assert [label.single for label in parse_label_table(text)] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("class,index,name,single\n0,0,x,maybe", "line 2: single must be yes or no, found 'maybe'"),
         ("", "class, index, name; class, index, name missing"),
         ("class;index;name\n0;0;x", "first line must name the columns"),
         ("class,name\n0,x", "index missing"),

@@ -44,6 +44,7 @@ def test_paths_of_the_results() -> None:
         "out/sub-01_dseg.tsv",
         "out/sub-01_volumes.csv",
         "out/sub-01_provenance.json",
+        "out/sub-01_qc.png",
     ]
     assert tuple(paths) == NAMES
 

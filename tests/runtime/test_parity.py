@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip insta
 pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
 
 from edgemuse.bench import scans
-from edgemuse.bench.agreement import agreement, mean_dice
 from edgemuse.bench.reference import Reference
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.exporter import ExportOptions, export_model
+from edgemuse.runtime.agreement import agreement, mean_dice
 from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.pipeline import Options, Segmenter
 

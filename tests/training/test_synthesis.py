@@ -116,7 +116,8 @@ def test_a_grown_mask_holds_the_brain(head):
 @pytest.mark.parametrize("seed", range(4))
 def test_stripped_scans_are_zero_around_the_brain(head, seed, monkeypatch):
     monkeypatch.setattr(synthesis, "draw_view", lambda _: ((-50.0, 50.0),) * 3)
-    image, tissue = draw_scan(head, generator(5, seed))
+    g = generator(5, seed)
+    image, tissue = draw_scan(head, g, draw_look(g))
     assert image.shape == tissue.shape
     assert float(image.min()) >= 0
     if float((image == 0).float().mean()) > 0.05:

@@ -81,7 +81,7 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(small, head, tmp_path):
 def test_a_signal_saves_and_ends(small, head, tmp_path, monkeypatch):
     def step(run, *_):
         run.step += 1
-        signal.raise_signal(signal.SIGTERM)
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
         return 0.0, 0.0
 
     monkeypatch.setattr(train, "train_step", step)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemuse.bench.agreement import agreement, dice, mean_dice
+from edgemuse.runtime.agreement import agreement, dice, mean_dice
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6))
