@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import click
 import numpy as np
-import psutil
 
 from edgemuse.bench import scans
-from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
+from edgemuse.bench.process import Run, measure
+from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.agreement import agreement, mean_dice
 
 SHAPE = (163, 214, 155)
@@ -32,32 +29,6 @@ from pathlib import Path
 from edgemuse.bench.reference import Reference
 np.save(sys.argv[3], Reference(Path(sys.argv[1]), mirroring=False).labels(Path(sys.argv[2])).astype(np.uint8))
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """Wall time of a process from start to end in seconds, and its peak resident memory in bytes."""
-
-    seconds: float
-    peak: int
-
-
-def measure(command: list[str], cache: Path) -> Run:
-    """Run `command` to its end, engines cached in `cache`; raises CalledProcessError if it fails."""
-    start = time.perf_counter()
-    environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    peak = 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, peak_memory(process.pid))
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.01)
-    seconds = time.perf_counter() - start
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Run(seconds, peak)
 
 
 def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:
@@ -84,11 +55,12 @@ def main(shared: Path, output: Path, repeats: int, precision: str) -> None:
         edgemuse = [sys.executable, "-m", "edgemuse.runtime.cli", "segment", str(scan), "-m", str(bundle)]
         edgemuse += ["-o", str(work), "--profile", "reference", "--precision", precision, "--overwrite"]
         nnunet = [sys.executable, "-c", NNUNET, str(folder), str(scan), str(work / "nnunet.npy")]
+        environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(work / "cache")}
         ours, theirs = [], []
         for _ in range(repeats):
-            ours.append(measure(edgemuse, work / "cache"))
+            ours.append(measure(edgemuse, environment))
             click.echo(f"edgemuse {ours[-1]}", err=True)
-            theirs.append(measure(nnunet, work / "cache"))
+            theirs.append(measure(nnunet, environment))
             click.echo(f"nnU-Net {theirs[-1]}", err=True)
         labels, reference = scans.labels_of(work / "brain_dseg.nii.gz"), np.load(work / "nnunet.npy")
     speedup = statistics.median(t.seconds / o.seconds for o, t in zip(ours, theirs, strict=True))

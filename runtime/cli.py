@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LAZY_COMMANDS = {
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
+    "bench": ("edgemuse.bench.command", "bench", "Measure accuracy, time and memory against nnU-Net and others."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

@@ -1,0 +1,114 @@
+"""`edgemuse bench`: the command line of the benchmarks. Everything heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import click
+
+from edgemuse.engines.errors import BackendError
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+REPEATS, QUICK_REPEATS = 5, 2
+
+
+class Bench(click.Group):
+    """A group whose first command is also what it does without one: `edgemuse bench BUNDLE ...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` in front of arguments that begin with no command."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of a first visit."""
+        return list(self.commands)
+
+
+@click.group(cls=Bench, short_help="Measure accuracy, time and memory against nnU-Net and others.")
+def bench() -> None:
+    """Measure accuracy, time and memory against nnU-Net's own predictor and others, in one report.
+
+    \b
+    edgemuse bench [run] BUNDLE ... measures and writes the report:
+      edgemuse bench -o report --quick                                    the built-in model, in minutes
+      edgemuse bench dlmuse.bundle --data T1S --reference MODEL -o report everything
+    edgemuse bench compare A B sets two reports side by side.
+
+    Needs more than the runtime: pip install "edgemuse[bench]".
+    """  # noqa: D301 click reads the backspace itself
+
+
+@bench.command(short_help="Measure and write a report.")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="REPORT",
+              help="Folder for the report. A run that was interrupted goes on where it stopped.")  # fmt: skip
+@click.option("--data", type=FOLDER, metavar="DIR", help="Folder of T1 scans. A label map <stem>_dseg.nii.gz beside a "
+              "scan is its truth.  [default: the sample scan that comes with edgemuse]")  # fmt: skip
+@click.option("--reference", type=FOLDER, metavar="MODEL_FOLDER", help="The nnU-Net model folder that BUNDLE was "
+              "exported from: nnU-Net's own predictor is then the baseline.")  # fmt: skip
+@click.option("--systems", "asked", multiple=True, metavar="NAME", help="What to measure, such as edgemuse, "
+              "edgemuse/openvino/bf16, plain, nnunet/eager; a name stands for all that begin with it. Give it again "
+              "for more.  [default: all that work here]")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(min=1), help=f"Runs of each system on each scan after one that warms "
+              f"up.  [default: {REPEATS}]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="Processor cores for every system.  [default: each "
+              "system's own choice]")  # fmt: skip
+@click.option("--mapping", type=FILE, metavar="TSV", help="Where the truth has another protocol: a table with the "
+              "columns name, model, truth; the label numbers of one structure are separated by commas.")  # fmt: skip
+@click.option("--quick", is_flag=True, help=f"The first scan, at most three systems, {QUICK_REPEATS} runs of each.")
+def run(
+    bundle: Path | None,
+    output: Path,
+    data: Path | None,
+    reference: Path | None,
+    asked: tuple[str, ...],
+    repeats: int | None,
+    threads: int | None,
+    mapping: Path | None,
+    quick: bool,
+) -> None:
+    """Measure every system on every scan and write a report.
+
+    Each run is a process of its own, in turn with the other systems', and measured whole, from its start to its end.
+    Accuracy stands beside speed: Dice, 95 % Hausdorff distance and volumes against the truth, where there is one, and
+    against the baseline.
+
+    \b
+    REPORT receives
+      report.html     the report, in one file that opens offline
+      report.md       the same as text, with figures/
+      results.jsonl   every measurement with machine, versions, commit and hashes
+      labels/         the label maps
+
+    \b
+    Systems:
+      edgemuse/BACKEND/PRECISION/PROFILE   edgemuse segment
+      nnunet/eager[/mirrored]              nnU-Net's own predictor, PyTorch on the CPU
+      nnunet/compile, channels-last, bf16  the same, its network run another way
+      plain/openvino, plain/onnxruntime    the exported graph with logits out, in a session as it comes
+    """  # noqa: D301 click reads the backspace itself
+    with _extra():
+        from edgemuse.bench.benchmark import Request, benchmark
+    count = repeats or (QUICK_REPEATS if quick else REPEATS)
+    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick)
+    click.echo(benchmark(request, partial(click.echo, err=True)))
+
+
+@contextlib.contextmanager
+def _extra() -> Iterator[None]:
+    """Turn a missing package into a line that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name and error.name.startswith("edgemuse"):
+            raise
+        raise BackendError(
+            f"benchmarks need {error.name or 'a package'}, which is missing here or does not load; "
+            'run: pip install "edgemuse[bench]"'
+        ) from error

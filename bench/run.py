@@ -1,0 +1,211 @@
+"""Measuring: every system on every scan, in turn, each run a process of its own, each result a row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from edgemuse.bench import scans as copies
+from edgemuse.bench.plain import logits_graph
+from edgemuse.bench.process import ProcessFailure, measure
+from edgemuse.bench.rows import Results, Row
+from edgemuse.bench.systems import System
+from edgemuse.bench.worker import Job
+from edgemuse.engines.errors import InputError
+from edgemuse.runtime.bundle import Bundle
+from edgemuse.runtime.cli import THREAD_VARIABLES
+from edgemuse.runtime.geometry import orientation
+from edgemuse.runtime.labels import to_indices
+from edgemuse.runtime.outputs import nifti_bytes, write_files
+from edgemuse.runtime.scan import SUFFIXES, file_sha256, open_scan, scan_stem
+
+LABELS = "labels"
+CACHE = "cache"
+"""Compiled engines, in the report's folder until it is whole: a run that goes on must not find them cold."""
+TRUTH = "_dseg"
+GRAPH = "logits.onnx"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a bundle, the nnU-Net folder it was exported from, if that is there, and scans."""
+
+    bundle: Bundle
+    reference: Path | None
+    scans: tuple[Path, ...]
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process to run: a system on one scan, or on all of them (`batch`). Round 0 warms up, its cache empty."""
+
+    system: System
+    scans: tuple[Path, ...]
+    round: int
+    batch: bool = False
+
+    @property
+    def key(self) -> Row:
+        """The fields of the step's row that no other row has."""
+        return {
+            "kind": "batch" if self.batch else "run",
+            "system": self.system.name,
+            "scan": " ".join(map(scan_stem, self.scans)),
+            "scan_sha256": [file_sha256(scan) for scan in self.scans],
+            "round": self.round,
+        }
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        if self.batch:
+            return f"{len(self.scans)} scans in one process"
+        return f"{scan_stem(self.scans[0])}, {f'round {self.round}' if self.round else 'warm-up'}"
+
+
+def find_scans(folder: Path) -> tuple[Path, ...]:
+    """The scans in `folder`, without the label maps beside them; raises InputError if there are none."""
+    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
+    scans = tuple(path for path in files if not scan_stem(path).endswith(TRUTH))
+    if not scans:
+        raise InputError(f"{folder}: no scan (.nii.gz, .nii) in this folder")
+    stems = [scan_stem(scan) for scan in scans]
+    if len(set(stems)) < len(stems):
+        raise InputError(f"{folder}: two scans have the same name but for _T1w; rename one")
+    return scans
+
+
+def truth_of(scan: Path) -> Path | None:
+    """The label map beside `scan`, `<stem>_dseg.nii.gz`, if there is one."""
+    for suffix in SUFFIXES:
+        path = scan.with_name(f"{scan_stem(scan)}{TRUTH}{suffix}")
+        if path.is_file():
+            return path
+    return None
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over the plans and checkpoints of an nnU-Net model folder."""
+    files = [folder / "plans.json", *sorted(folder.glob("fold_*/*.pth"))]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def schedule(systems: Sequence[System], scans: Sequence[Path], repeats: int, batch: bool) -> list[Step]:
+    """Round after round, every system in turn: what slows the machine down for a while slows all of them."""
+    rounds = range(repeats + 1)
+    steps = [Step(system, (scan,), n) for scan in scans for n in rounds for system in systems]
+    return steps + [Step(system, tuple(scans), 1, batch=True) for system in systems if batch and len(scans) > 1]
+
+
+def measure_all(subject: Subject, steps: Sequence[Step], results: Results, say: Callable[[str], None]) -> None:
+    """Take the steps that `results` does not hold yet. A system that fails on a scan is not tried on it again."""
+    missing = [step for step in steps if results.find(**step.key) is None]
+    if len(missing) < len(steps):
+        say(f"{len(steps) - len(missing)} of {len(steps)} measurements are there already")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="edgemuse-bench-") as folder:
+        if any(step.system.family == "plain" for step in missing):
+            (Path(folder) / GRAPH).write_bytes(logits_graph(subject.bundle))
+        for done, step in enumerate(missing, 1):
+            key = step.key
+            if results.find(system=key["system"], scan=key["scan"], round=0, failed=True):
+                continue
+            row = results.add(**key, created=_now(), **_take(step, subject, Path(folder), results.folder))
+            outcome = row["error"] if row["failed"] else f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB"
+            left = (time.perf_counter() - start) / done * (len(missing) - done)
+            say(f"[{done}/{len(missing)}] {key['system']}, {step.what}: {outcome}; {_duration(left)} left")
+    shutil.rmtree(results.folder / CACHE, ignore_errors=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _take(step: Step, subject: Subject, work: Path, report: Path) -> Row:
+    """Run the step's process; returns what it gave as fields of a row, and keeps the first label maps of a system."""
+    output, result = work / "output", work / "result.json"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    scans = [_as_trained(scan, subject.bundle, work) if step.system.family == "nnunet" else scan for scan in step.scans]
+    job = Job(
+        step.system.name,
+        str(subject.bundle.path.resolve()),
+        None if subject.reference is None else str(subject.reference.resolve()),
+        str(work / GRAPH),
+        [str(scan.resolve()) for scan in scans],
+        str(output),
+        subject.threads,
+        time.perf_counter(),
+    )
+    command = [sys.executable, "-m", "edgemuse.bench.worker", json.dumps(asdict(job)), str(result)]
+    try:
+        run = measure(command, _environment(step, subject, report / CACHE))
+    except ProcessFailure as failure:
+        return {"failed": True, "error": str(failure)}
+    for scan in step.scans:
+        _keep(step.system, scan, output, subject.bundle, report)
+    row: Row = json.loads(result.read_text())
+    row["stages"]["rest"] = run.seconds - sum(row["stages"].values())
+    return row | {"failed": False, "seconds": run.seconds, "peak_bytes": run.peak, "joules": run.joules}
+
+
+def _environment(step: Step, subject: Subject, caches: Path) -> dict[str, str]:
+    """Compiled engines are kept from round 0 of a scan on, each system's apart."""
+    cache = caches / step.system.name / scan_stem(step.scans[-1])
+    if step.round == 0:
+        shutil.rmtree(cache, ignore_errors=True)
+    environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    if subject.threads:
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(subject.threads))
+    return environment
+
+
+def _as_trained(scan: Path, bundle: Bundle, work: Path) -> Path:
+    """The scan in the orientation that the network was trained on: nnU-Net takes voxels as they are stored."""
+    codes = bundle.manifest.network.orientation
+    if codes is None or orientation(open_scan(scan).affine) == codes:
+        return scan
+    target = work / "upright" / scan.name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        copies.reoriented(scan, target, codes)
+    return target
+
+
+def label_path(report: Path, system: str, scan: Path) -> Path:
+    """Where a report keeps the label map of a system for a scan: protocol's numbers, on the scan's grid."""
+    return report / LABELS / system.replace("/", "_") / f"{scan_stem(scan)}_dseg.nii.gz"
+
+
+def _keep(system: System, scan: Path, output: Path, bundle: Bundle, report: Path) -> None:
+    made, target = output / f"{scan_stem(scan)}_dseg.nii.gz", label_path(report, system.name, scan)
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = _on_the_scans_grid(made, scan, bundle) if system.family == "nnunet" else made.read_bytes()
+    write_files({target: data})
+
+
+def _on_the_scans_grid(made: Path, scan: Path, bundle: Bundle) -> bytes:
+    """Class numbers in the training data's orientation as the protocol's numbers in the scan's."""
+    given, stored = nib.load(made), open_scan(scan)
+    back = nib.orientations.ornt_transform(nib.io_orientation(given.affine), nib.io_orientation(stored.affine))
+    classes = nib.orientations.apply_orientation(np.asanyarray(given.dataobj), back)
+    return nifti_bytes(to_indices(classes.astype(np.uint16), bundle.manifest.labels), stored)

@@ -1,0 +1,177 @@
+"""The process under measurement: `python -m edgemuse.bench.worker JOB RESULT` runs one system over some scans.
+
+JOB is the JSON of a `Job`. RESULT, a file, receives the seconds of every stage. Nothing is imported before the clock
+of the stage `import` runs, which starts where the parent started the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgemuse.runtime.pipeline import Segmenter
+
+STAGES = ("import", "open", "load", "preprocess", "engine", "infer", "head", "merge", "restore", "write", "rest")
+"""In the order in which they happen. `engine` compiles or loads from the cache; `rest` is what ends the process."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    `system` is a name as in `bench/systems.py`; `reference` the nnU-Net model folder and `graph` the network with
+    logits out, for the systems that need them; `started` the parent's `perf_counter` as it starts the process: the
+    clock is the system's, not the process's.
+    """
+
+    system: str
+    bundle: str
+    reference: str | None
+    graph: str
+    scans: list[str]
+    output: str
+    threads: int | None
+    started: float
+
+
+class Stages:
+    """Seconds of each stage, added up over scans, and of each scan."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.scans: list[float] = []
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to the stage `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block."""
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its calls timed."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return called
+
+    def each(self, scans: list[str]) -> Iterator[Path]:
+        """The scans one by one, timed."""
+        for scan in scans:
+            start = time.perf_counter()
+            yield Path(scan)
+            self.scans.append(time.perf_counter() - start)
+
+
+def run_edgemuse(job: Job, stages: Stages) -> dict[str, Any]:
+    """What `edgemuse segment --no-postprocess --no-qc` does: labels as nnU-Net gives them, and no picture."""
+    _, backend, precision, profile = job.system.split("/")
+    with _imports(job, stages):
+        from edgemuse.engines.protocol import EngineOptions
+        from edgemuse.runtime.bundle import open_bundle
+        from edgemuse.runtime.pipeline import Options, Segmenter, default_cache_dir
+    with stages.stage("open"):
+        engine = EngineOptions(backend, precision, threads=job.threads, cache_dir=default_cache_dir())
+        segmenter = Segmenter(open_bundle(Path(job.bundle)), Options(profile, engine, postprocess=False))
+    return _segment(job, stages, segmenter)
+
+
+def run_plain(job: Job, stages: Stages) -> dict[str, Any]:
+    """The graph with logits out, in the backend's session as it comes, and edgemuse's steps around it."""
+    _, backend = job.system.split("/")
+    with _imports(job, stages):
+        from edgemuse.bench.plain import PlainSegmenter, open_plain
+        from edgemuse.runtime.bundle import open_bundle
+    with stages.stage("open"):
+        bundle = open_bundle(Path(job.bundle))
+        graph = Path(job.graph).read_bytes()
+    with stages.stage("engine"):
+        engine = open_plain(backend, graph, bundle.manifest.network.patch, job.threads)
+    return _segment(job, stages, PlainSegmenter(bundle, engine, job.threads))
+
+
+def _segment(job: Job, stages: Stages, segmenter: Segmenter) -> dict[str, Any]:
+    from unittest import mock
+
+    from edgemuse.runtime import head
+    from edgemuse.runtime.pipeline import write
+
+    with segmenter, mock.patch.object(head, "classify", stages.timed("head", head.classify)):
+        _time_engine(segmenter, stages)
+        for scan in stages.each(job.scans):
+            result = segmenter.segment(scan)
+            for name, seconds in result.seconds.items():
+                stages.add("merge" if name == "infer" else name, seconds)
+            with stages.stage("write"):
+                write(result, segmenter.bundle, Path(job.output), with_picture=False)
+    stages.seconds["merge"] -= stages.seconds["infer"] + stages.seconds["head"]  # the pipeline's stage holds them all
+    return {"engine": result.provenance["backend"], "profile": result.provenance["profile"]}
+
+
+def _time_engine(segmenter: Segmenter, stages: Stages) -> None:
+    """Time the calls of the engine that the segmenter will open."""
+    opened: list[Any] = []
+    original = segmenter.engine
+
+    def engine() -> Any:
+        if not opened:
+            opened.append(original())
+            opened[0].infer = stages.timed("infer", opened[0].infer)
+        return opened[0]
+
+    segmenter.engine = engine  # type: ignore[method-assign]
+
+
+def run_nnunet(job: Job, stages: Stages) -> dict[str, Any]:
+    """nnU-Net's own predictor. Its labels are class numbers on the grid of the scan that it was given."""
+    _, variant, *rest = job.system.split("/")
+    with _imports(job, stages):
+        import multiprocessing
+
+        import torch
+
+        from edgemuse.bench.reference import Reference
+        from edgemuse.runtime.scan import scan_stem
+    torch.set_num_threads(job.threads or multiprocessing.cpu_count())  # nnU-Net's own choice on a CPU
+    with stages.stage("open"):
+        reference = Reference(Path(job.reference or ""), mirroring=rest == ["mirrored"])
+        reference.run_as(variant, stages.timed)
+    for scan in stages.each(job.scans):
+        reference.segment(scan, Path(job.output) / f"{scan_stem(scan)}_dseg.nii.gz", stages.stage)
+    stages.seconds["merge"] -= stages.seconds["infer"]  # the sliding window's stage holds the network's
+    return {"engine": {"name": "pytorch", "version": torch.__version__, "threads": torch.get_num_threads()}}
+
+
+@contextlib.contextmanager
+def _imports(job: Job, stages: Stages) -> Iterator[None]:
+    yield
+    stages.add("import", time.perf_counter() - job.started)
+
+
+FAMILIES = {"edgemuse": run_edgemuse, "plain": run_plain, "nnunet": run_nnunet}
+
+
+def main() -> None:
+    """Run the job of the command line."""
+    job = Job(**json.loads(sys.argv[1]))
+    stages = Stages()
+    facts = FAMILIES[job.system.split("/")[0]](job, stages)
+    content = facts | {"stages": stages.seconds, "scan_seconds": stages.scans}
+    Path(sys.argv[2]).write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main()

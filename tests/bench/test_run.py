@@ -1,0 +1,155 @@
+"""Measuring: what is run in which order, what is kept, what a second run finds. No test looks at the clock."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from bundles import CommandLine, head_image, tiny_bundle, write_scan
+
+for package in ("matplotlib", "SimpleITK", "onnx"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
+
+from edgemuse.bench.accuracy import read_labels
+from edgemuse.bench.process import ProcessFailure, joules_between, measure
+from edgemuse.bench.rows import CONTEXT, NAME, Results, read_rows
+from edgemuse.bench.run import find_scans, schedule, truth_of
+from edgemuse.bench.systems import System, all_systems, baseline, parse_system, select
+from edgemuse.bench.worker import STAGES
+from edgemuse.engines.errors import InputError, OutputError
+from edgemuse.runtime.bundle import open_bundle
+
+OURS, PEER = "edgemuse/openvino/fp32/reference", "plain/openvino"
+
+
+@pytest.fixture
+def command(capfd, tmp_path):
+    return CommandLine(capfd, tmp_path / "engines")
+
+
+@pytest.fixture
+def data(tmp_path):
+    for seed, name in enumerate("ab"):
+        image = head_image(seed=seed)
+        write_scan(tmp_path / "data" / f"{name}_T1w.nii.gz", image)
+        write_scan(tmp_path / "data" / f"{name}_dseg.nii.gz", (image > 100).astype(np.uint8) * 10)
+    return tmp_path / "data"
+
+
+def test_a_run_measures_everything_and_a_second_finds_it_done(command, data, tmp_path):
+    report = tmp_path / "report"
+    bundle = tiny_bundle(tmp_path / "tiny.bundle")
+    arguments = ["bench", bundle, "--data", data, "-o", report, "--systems", OURS, "--systems", PEER]
+    arguments += ["--repeats", "1", "--threads", "1"]
+    ran = command(*arguments)
+    assert ran.code == 0, ran.err
+    rows = read_rows(report)
+    runs = [(row["scan"], row["round"], row["system"]) for row in rows if row["kind"] == "run"]
+    assert runs == [(scan, n, system) for scan in "ab" for n in (0, 1) for system in (OURS, PEER)]
+    assert [row["system"] for row in rows if row["kind"] == "batch"] == [OURS, PEER]
+    for row in rows:
+        assert set(CONTEXT) <= set(row)
+        if row["kind"] in ("run", "batch"):
+            assert set(STAGES) == set(row["stages"])
+            assert sum(row["stages"].values()) == pytest.approx(row["seconds"])
+            assert row["peak_bytes"] > 10e6
+            assert row["engine"]["threads"] == 1
+    ours, theirs = (read_labels(report / "labels" / s.replace("/", "_") / "a_dseg.nii.gz")[0] for s in (OURS, PEER))
+    assert len(np.unique(ours)) > 2
+    assert (ours == theirs).mean() > 0.999  # the same network, its head first or last
+    scores = {(row["system"], row["scan"], row["against"]) for row in rows if row["kind"] == "accuracy"}
+    assert scores == {(system, scan, to) for system in (OURS, PEER) for scan in "ab" for to in ("truth", "baseline")}
+
+    before = (report / NAME).read_text()
+    with (report / NAME).open("a") as file:
+        file.write('{"kind": "run", "half')  # as an interrupted run leaves it
+    assert command(*arguments).code == 0
+    assert (report / NAME).read_text() == before
+
+    refused = command(*arguments[:-1], "2")
+    assert refused.code == 2
+    assert "threads" in refused.err
+    assert (report / NAME).read_text() == before
+
+
+def test_a_system_that_fails_is_a_row_with_its_reason(command, data, tmp_path):
+    bundle = tiny_bundle(tmp_path / "tiny.bundle")
+    write_scan(data / "c_T1w.nii.gz", np.full((20, 20, 20), 7, np.int16))
+    assert command("bench", bundle, "--data", data, "-o", tmp_path / "r", "--systems", OURS, "--repeats", 2).code == 0
+    failed = [row for row in read_rows(tmp_path / "r") if row["kind"] == "run" and row["failed"]]
+    assert [(row["scan"], row["round"]) for row in failed] == [("c", 0)]
+    assert "every voxel is 7" in failed[0]["error"]
+
+
+def test_rounds_take_the_systems_in_turn(tmp_path):
+    a, b = System("plain", ("a",)), System("plain", ("b",))
+    steps = schedule([a, b], [tmp_path / "x.nii"], 2, batch=True)
+    assert [(step.system, step.round) for step in steps] == [(a, 0), (b, 0), (a, 1), (b, 1), (a, 2), (b, 2)]
+
+
+def test_systems_are_selected_by_the_beginning_of_their_name(tmp_path):
+    systems = all_systems(open_bundle(tiny_bundle(tmp_path / "tiny.bundle", mirror_axes=(0,))), with_reference=True)
+    assert systems[0] == baseline(systems) == System("nnunet", ("eager", "mirrored"))
+    assert all(parse_system(system.name) == system for system in systems)
+    assert {system.family for system in select(systems, ["plain", "edgemuse/openvino"])} == {"plain", "edgemuse"}
+    with pytest.raises(InputError, match="plain/openvino"):
+        select(systems, ["plain/open"])
+
+
+def test_scans_and_their_truth(data, tmp_path):
+    write_scan(data / "c.nii")
+    assert [scan.name for scan in find_scans(data)] == ["a_T1w.nii.gz", "b_T1w.nii.gz", "c.nii"]
+    truths = [truth and truth.name for truth in map(truth_of, find_scans(data))]
+    assert truths == ["a_dseg.nii.gz", "b_dseg.nii.gz", None]
+    write_scan(data / "c_T1w.nii.gz")
+    with pytest.raises(InputError, match="same name"):
+        find_scans(data)
+
+
+def test_peak_memory_is_that_of_the_whole_tree():
+    child = "import time; x = bytearray(150 << 20); time.sleep(0.5)"
+    code = f"import subprocess, sys; y = bytearray(60 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
+    alone = measure([sys.executable, "-c", child], {}).peak
+    assert measure([sys.executable, "-c", code], {}).peak - alone > 55 << 20
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(ProcessFailure, match=r"exit code 3: why"):
+        measure([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"], {})
+
+
+def test_energy_counters_that_start_again():
+    assert joules_between({"a": (100, 1000), "b": (0, 1000)}, {"a": (50, 1000), "b": (10, 1000)}) == 960e-6
+    assert joules_between({}, {}) is None
+
+
+def test_what_is_no_report_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no results"):
+        read_rows(tmp_path)
+    for text, reason in (("{}\n", "not a measurement"), ("x\n", "not JSON"), ("[]\n", "not a measurement")):
+        (tmp_path / NAME).write_text(text)
+        with pytest.raises(InputError, match=reason):
+            read_rows(tmp_path)
+
+
+def test_rows_of_another_machine_are_not_gone_on_with(tmp_path):
+    shared = dict.fromkeys(CONTEXT, "x")
+    Results(tmp_path, shared).add(kind="run", system="s")
+    assert Results(tmp_path, shared).find(system="s") is not None
+    with pytest.raises(OutputError, match="differ in machine"):
+        Results(tmp_path, shared | {"machine": "y"})
+    assert json.loads((tmp_path / NAME).read_text())["machine"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["-o", "r", "--data", "empty"], "no scan"), (["-o", "r", "--systems", "nnunet"], "choose from"),
+     (["-o", "r", "--data", "nowhere"], "nowhere"), ([], "--output"), (["none.bundle", "-o", "r"], "none.bundle")],
+)  # fmt: skip
+def test_bad_usage_costs_one_line(arguments, reason, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    ran = command("bench", *arguments) if arguments else command("bench", "run")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert reason in ran.err
+    assert not (tmp_path / "r").exists()
