@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemuse.bench.accuracy import Comparison, Structure, compare_files, read_mapping, same_protocol
+from edgemuse.bench.footprint import footprint
+from edgemuse.bench.report import write_report
 from edgemuse.bench.rows import Results, context
 from edgemuse.bench.run import (
     Subject,
@@ -27,7 +29,7 @@ from edgemuse.runtime.scan import file_sha256, scan_stem
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for; None where its default is meant."""
+    """What the command line asks for, None where its default is meant, and how it was typed."""
 
     bundle: Path | None
     output: Path
@@ -38,6 +40,7 @@ class Request:
     threads: int | None
     mapping: Path | None
     quick: bool
+    command: str
 
 
 def benchmark(request: Request, say: Callable[[str], None]) -> Path:
@@ -53,8 +56,11 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     results = Results(request.output, context(request.threads, *hashes))
     say(f"{len(systems)} systems on {len(subject.scans)} scans: {', '.join(system.name for system in systems)}")
     measure_all(subject, schedule(systems, subject.scans, request.repeats, not request.quick), results, say)
+    for system in systems:
+        if results.find(kind="installed", system=system.name) is None:
+            results.add(kind="installed", system=system.name, bytes=footprint(system.name))
     score_all(subject, systems, results, structures, mapped, say)
-    return request.output
+    return write_report(request.output, results.rows, subject.scans, request.command)
 
 
 def _systems(request: Request, subject: Subject) -> list[System]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -96,8 +98,26 @@ def run(
     with _extra():
         from edgemuse.bench.benchmark import Request, benchmark
     count = repeats or (QUICK_REPEATS if quick else REPEATS)
-    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick)
+    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, _typed())
     click.echo(benchmark(request, partial(click.echo, err=True)))
+
+
+@bench.command(short_help="Set two reports side by side.")
+@click.argument("first", type=FOLDER, metavar="A")
+@click.argument("second", type=FOLDER, metavar="B")
+def compare(first: Path, second: Path) -> None:
+    """Print what differs between the reports in the folders A and B, and the ratio of their times, as Markdown.
+
+    Both must be on the same scans; commits, machines, versions and models may differ and are named.
+    """
+    with _extra():
+        from edgemuse.bench.compare import compare as compared
+    click.echo(compared(first, second), nl=False)
+
+
+def _typed() -> str:
+    """The command line, for a report to name."""
+    return shlex.join(["edgemuse", *sys.argv[1:]])
 
 
 @contextlib.contextmanager
