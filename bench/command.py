@@ -14,6 +14,7 @@ import click
 from edgemuse.engines.errors import BackendError
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 REPEATS, QUICK_REPEATS = 5, 2
 
@@ -40,8 +41,6 @@ def bench() -> None:
     edgemuse bench [run] BUNDLE ... measures and writes the report:
       edgemuse bench -o report --quick                                    the built-in model, in minutes
       edgemuse bench dlmuse.bundle --data T1S --reference MODEL -o report everything
-    edgemuse bench compare A B sets two reports side by side.
-
     Needs more than the runtime: pip install "edgemuse[bench]".
     """  # noqa: D301 click reads the backspace itself
 
@@ -113,6 +112,25 @@ def compare(first: Path, second: Path) -> None:
     with _extra():
         from edgemuse.bench.compare import compare as compared
     click.echo(compared(first, second), nl=False)
+
+
+@bench.command(short_help="Show whether a study would find the same with either method's volumes.")
+@click.argument("reference", type=EXISTING)
+@click.argument("engine", type=EXISTING)
+@click.option("--covariates", required=True, type=FILE, metavar="CSV", help="Table with the columns subject, age, "
+              "diagnosis (1 patient, 0 healthy) and sex; either age or diagnosis may be missing.")  # fmt: skip
+def downstream(reference: Path, engine: Path, covariates: Path) -> None:
+    """Compare what the volumes of two methods are worth in a study of your own cohort.
+
+    REFERENCE and ENGINE are tables with the column subject and one for each structure, or folders of
+    <subject>_volumes.csv as 'edgemuse segment' writes them. Brain age (ridge regression) and
+    Alzheimer's (logistic regression) are predicted from either method's volumes on the same folds of a
+    cross-validation; Mann-Whitney's U test on the errors and McNemar's on the decisions say whether they differ.
+    Prints Markdown.
+    """
+    with _extra():
+        from edgemuse.bench.downstream import downstream as compared
+    click.echo(compared(reference, engine, covariates), nl=False)
 
 
 def _typed() -> str:
