@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from edgemuse.bench.run import (
     schedule,
     truth_of,
 )
+from edgemuse.bench.scaling import scale
 from edgemuse.bench.systems import System, all_systems, baseline, quick, select
 from edgemuse.engines.errors import InputError
 from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN
@@ -40,6 +42,7 @@ class Request:
     threads: int | None
     mapping: Path | None
     quick: bool
+    scaling: bool
     command: str
 
 
@@ -60,6 +63,9 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
         if results.find(kind="installed", system=system.name) is None:
             results.add(kind="installed", system=system.name, bytes=footprint(system.name))
     score_all(subject, systems, results, structures, mapped, say)
+    if request.scaling:
+        with tempfile.TemporaryDirectory(prefix="edgemuse-scaling-") as work:
+            scale(subject, _scaled(systems), results, Path(work), say)
     return write_report(request.output, results.rows, subject.scans, request.command)
 
 
@@ -68,6 +74,11 @@ def _systems(request: Request, subject: Subject) -> list[System]:
     if request.systems:
         return select(systems, request.systems)
     return quick(systems) if request.quick else systems
+
+
+def _scaled(systems: Sequence[System]) -> System:
+    """The system whose curves are drawn: the first of ours."""
+    return next((system for system in systems if system.family == "edgemuse"), systems[0])
 
 
 def score_all(

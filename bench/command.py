@@ -63,6 +63,8 @@ def bench() -> None:
 @click.option("--mapping", type=FILE, metavar="TSV", help="Where the truth has another protocol: a table with the "
               "columns name, model, truth; the label numbers of one structure are separated by commas.")  # fmt: skip
 @click.option("--quick", is_flag=True, help=f"The first scan, at most three systems, {QUICK_REPEATS} runs of each.")
+@click.option("--scaling", is_flag=True, help="Measure also how time and memory grow with resolution, classes, "
+              "threads and the number of scans.")  # fmt: skip
 def run(
     bundle: Path | None,
     output: Path,
@@ -73,6 +75,7 @@ def run(
     threads: int | None,
     mapping: Path | None,
     quick: bool,
+    scaling: bool,
 ) -> None:
     """Measure every system on every scan and write a report.
 
@@ -97,7 +100,7 @@ def run(
     with _extra():
         from edgemuse.bench.benchmark import Request, benchmark
     count = repeats or (QUICK_REPEATS if quick else REPEATS)
-    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, _typed())
+    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, scaling, _typed())
     click.echo(benchmark(request, partial(click.echo, err=True)))
 
 

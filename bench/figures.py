@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,24 @@ def bland_altman(summary: Summary) -> bytes | None:
             axes.set_xscale("log")
             axes.set_xlabel("mean volume, ml")
             axes.set_ylabel(f"minus {name}, ml")
+        figure.tight_layout()
+        return svg(figure)
+
+
+def scaling(curves: Mapping[str, Sequence[tuple[float, float, float]]], names: Mapping[str, str]) -> bytes | None:
+    """Seconds and gigabytes over what is varied, a column an axis."""
+    if not curves:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure((2.3 * len(curves) + 0.5, 4))
+        for column, (axis, points) in enumerate(curves.items(), 1):
+            values, seconds, peaks = np.array(points).T
+            for row, (measured, what) in enumerate(((seconds, "seconds"), (peaks / 1e9, "memory, GB"))):
+                axes = figure.add_subplot(2, len(curves), row * len(curves) + column)
+                axes.plot(values, measured, "o-", color="#0b6e4f", markersize=3)
+                axes.set_ylim(0)
+                axes.set_ylabel(what if column == 1 else "")
+                axes.set_xlabel(names[axis] if row else "")
         figure.tight_layout()
         return svg(figure)
 

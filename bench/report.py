@@ -12,6 +12,7 @@ from statistics import fmean
 from edgemuse.bench import figures
 from edgemuse.bench.rows import Row
 from edgemuse.bench.run import label_path, truth_of
+from edgemuse.bench.scaling import AXES, curves
 from edgemuse.bench.summary import (
     AGREEMENT,
     SHIFT,
@@ -93,7 +94,14 @@ def _sections(folder: Path, rows: Sequence[Row], scans: Sequence[Path], command:
         yield Section("Structures", f"{shown.system} beside the baseline.", figures={"structures": boxes})
         yield Section("Volumes", f"{shown.system}: differences over means.", figures={"bland_altman": volumes})
         yield Section("Worst slices", figures=_slices(folder, rows, scans, summaries[0], shown))
+    drawn = curves(rows)
+    yield Section("Scaling", _scaled(rows), figures={"scaling": figures.scaling(drawn, AXES)})
     yield Section("How it was measured", METHOD)
+
+
+def _scaled(rows: Sequence[Row]) -> str:
+    systems = dict.fromkeys(row["system"] for row in rows if row["kind"] == "scaling")
+    return f"{', '.join(systems)}: whole processes, warm, each point once." if systems else ""
 
 
 def _environment(rows: Sequence[Row], command: str) -> str:

@@ -36,6 +36,7 @@ CACHE = "cache"
 """Compiled engines, in the report's folder until it is whole: a run that goes on must not find them cold."""
 TRUTH = "_dseg"
 GRAPH = "logits.onnx"
+OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,20 @@ def _duration(seconds: float) -> str:
 
 
 def _take(step: Step, subject: Subject, work: Path, report: Path) -> Row:
-    """Run the step's process; returns what it gave as fields of a row, and keeps the first label maps of a system."""
-    output, result = work / "output", work / "result.json"
+    """Run a step; compiled engines are kept from round 0 of a scan on, each system's apart, and its first labels."""
+    cache = report / CACHE / step.system.name / scan_stem(step.scans[-1])
+    if step.round == 0:
+        shutil.rmtree(cache, ignore_errors=True)
+    row = run_step(step, subject, work, cache)
+    if not row["failed"]:
+        for scan in step.scans:
+            _keep(step.system, scan, work / OUTPUT, subject.bundle, report)
+    return row
+
+
+def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
+    """Run the step's process; returns what it gave as fields of a row. Label maps are left in `work / OUTPUT`."""
+    output, result = work / OUTPUT, work / "result.json"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     scans = [_as_trained(scan, subject.bundle, work) if step.system.family == "nnunet" else scan for scan in step.scans]
@@ -156,21 +169,15 @@ def _take(step: Step, subject: Subject, work: Path, report: Path) -> Row:
     )
     command = [sys.executable, "-m", "edgemuse.bench.worker", json.dumps(asdict(job)), str(result)]
     try:
-        run = measure(command, _environment(step, subject, report / CACHE))
+        run = measure(command, _environment(subject, cache))
     except ProcessFailure as failure:
         return {"failed": True, "error": str(failure)}
-    for scan in step.scans:
-        _keep(step.system, scan, output, subject.bundle, report)
     row: Row = json.loads(result.read_text())
     row["stages"]["rest"] = run.seconds - sum(row["stages"].values())
     return row | {"failed": False, "seconds": run.seconds, "peak_bytes": run.peak, "joules": run.joules}
 
 
-def _environment(step: Step, subject: Subject, caches: Path) -> dict[str, str]:
-    """Compiled engines are kept from round 0 of a scan on, each system's apart."""
-    cache = caches / step.system.name / scan_stem(step.scans[-1])
-    if step.round == 0:
-        shutil.rmtree(cache, ignore_errors=True)
+def _environment(subject: Subject, cache: Path) -> dict[str, str]:
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     if subject.threads:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(subject.threads))

@@ -71,10 +71,11 @@ def _matches(system: System, prefix: str) -> bool:
 
 
 def quick(systems: Sequence[System]) -> list[System]:
-    """The baseline, the first backend's `reference` and its last precision's last profile."""
-    first = next(system.options[0] for system in systems if system.family == "edgemuse")
-    ours = [system for system in systems if system.family == "edgemuse" and system.options[0] == first]
-    return list(dict.fromkeys([baseline(systems), ours[0], ours[-1]]))
+    """Three that say most: the baseline, the first backend's `reference` and its last precision and profile, a peer."""
+    ours = [system for system in systems if system.family == "edgemuse"]
+    first = [system for system in ours if system.options[0] == ours[0].options[0]]
+    peers = [system for system in systems if system.family == "plain"]
+    return list(dict.fromkeys([baseline(systems), first[0], first[-1], *peers]))[:3]
 
 
 def baseline(systems: Sequence[System]) -> System:

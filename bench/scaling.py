@@ -1,0 +1,99 @@
+"""How time and memory grow: with the scan's resolution, the classes, the threads and the number of scans."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgemuse.bench import scans as copies
+from edgemuse.bench.rows import Results, Row
+from edgemuse.bench.run import Step, Subject, run_step
+from edgemuse.bench.systems import System
+from edgemuse.engines.hardware import cpu_cores
+from edgemuse.export.writer import HEAD, head_bytes, write_bundle
+from edgemuse.runtime.bundle import Bundle, Head, file_entry, open_bundle
+from edgemuse.runtime.labels import Label
+
+SPACINGS = (2.0, 1.5, 1.0, 0.7)
+CLASSES = (2, 33, 152)
+SCANS = (1, 2, 4, 8, 16, 32)
+AXES = {
+    "spacing": "voxel size, mm",
+    "classes": "classes (random heads)",
+    "threads": "threads",
+    "scans": "scans in one process",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement of a curve: what is varied, its value, and what is run."""
+
+    axis: str
+    value: float
+    subject: Subject
+    scans: tuple[Path, ...]
+
+
+def scale(subject: Subject, system: System, results: Results, work: Path, say: Callable[[str], None]) -> None:
+    """Measure the points that `results` does not hold, each warm: after a run that is not counted."""
+    for point in points(subject, work):
+        key = {"kind": "scaling", "system": system.name, "axis": point.axis, "value": point.value}
+        if results.find(**key) is not None:
+            continue
+        cache = work / "engines"
+        for _ in range(2):
+            row = run_step(Step(system, point.scans, 1, batch=True), point.subject, work, cache)
+        results.add(**key, **row)
+        outcome = row["error"] if row["failed"] else f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB"
+        say(f"{AXES[point.axis]}: {point.value:g}: {outcome}")
+
+
+def points(subject: Subject, work: Path) -> Iterator[Point]:
+    """Every point of every curve; scans and bundles are made in `work` as they are needed."""
+    scan = subject.scans[0]
+    for mm in SPACINGS:
+        path = work / f"{mm:g}mm" / scan.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield Point("spacing", mm, subject, (copies.resampled(scan, path, (mm, mm, mm)),))
+    for classes in CLASSES:
+        bundle = with_classes(subject.bundle, classes, work / f"{classes}.bundle")
+        yield Point("classes", classes, replace(subject, bundle=bundle), (scan,))
+    for threads in range(1, cpu_cores() + 1):
+        yield Point("threads", threads, replace(subject, threads=threads), (scan,))
+    for count in SCANS:
+        yield Point("scans", count, subject, _copied(scan, count, work / f"{count}scans"))
+
+
+def _copied(scan: Path, count: int, folder: Path) -> tuple[Path, ...]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return tuple(Path(shutil.copy(scan, folder / f"{number:02}_{scan.name}")) for number in range(count))
+
+
+def with_classes(bundle: Bundle, classes: int, path: Path) -> Bundle:
+    """The bundle's backbone under a head of random weights for another number of classes."""
+    manifest, features = bundle.manifest, bundle.manifest.network.channels_out
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 1, (classes, features)).astype(np.float32)
+    files = {name: bundle.read(name) for name in manifest.files if name != HEAD}
+    files[HEAD] = head_bytes(Head(weight, np.zeros(classes, np.float32)))
+    changed = replace(
+        manifest,
+        network=replace(manifest.network, classes=classes, deferred_head=True),
+        labels=tuple(Label(n, n, f"class {n}") for n in range(classes)),
+        files={name: file_entry(data) for name, data in files.items()},
+    )
+    return open_bundle(write_bundle(path, changed, files))
+
+
+def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float, float]]]:
+    """(value, seconds, bytes) of every axis, in order of value."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        if row["kind"] == "scaling" and not row["failed"]:
+            found.setdefault(row["axis"], []).append((row["value"], row["seconds"], row["peak_bytes"]))
+    return {axis: sorted(measured) for axis, measured in found.items()}
