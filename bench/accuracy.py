@@ -187,6 +187,8 @@ def hausdorff(first: NDArray[np.bool_], second: NDArray[np.bool_], spacing: Sequ
     The larger of the two 95th percentiles of the distances from the border voxels of one mask to the nearest border
     voxel of the other. A border voxel has a face on the outside; so has every voxel on the face of the volume.
     """
+    if np.array_equal(first, second):
+        return 0.0
     borders = [sitk.LabelContour(_image(np.pad(mask, 1), spacing)) for mask in (first, second)]
     away = [sitk.Abs(sitk.SignedMaurerDistanceMap(border, False, False, True)) for border in borders]
     there, back = (
