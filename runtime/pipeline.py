@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgemuse.engines.errors import BackendError, BundleError
 from edgemuse.engines.hardware import machine, peak_memory
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
-from edgemuse.engines.registry import choose, open_engine
+from edgemuse.engines.registry import open_engine
 from edgemuse.runtime import outputs, picture
 from edgemuse.runtime.bundle import Bundle, Network, open_bundle
 from edgemuse.runtime.geometry import orientation
@@ -31,6 +31,7 @@ from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
 from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
 from edgemuse.runtime.postprocess import remove_islands
+from edgemuse.runtime.precision import choose_engine, stored_precision, verdict
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.resample import output_matrices
@@ -83,7 +84,10 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        self.bundle, self.options = bundle, replace(options, engine=choose(options.engine)[1])
+        chosen = choose_engine(bundle, options.profile, options.engine)
+        self.bundle, self.options = bundle, replace(options, engine=chosen)
+        self.verdict = verdict(bundle, options.profile, chosen)
+        _warn_precision(chosen.precision, self.verdict)
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -142,7 +146,8 @@ class Segmenter:
         """The engine for one patch, opened on first use."""
         if self._engine is None:
             shape = (1, 1, *self.network.patch)
-            self._engine = open_engine(self.bundle.graph("fp32"), shape, self.options.engine)
+            stored = stored_precision(self.options.engine.precision)
+            self._engine = open_engine(self.bundle.graph(stored), shape, self.options.engine)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -192,6 +197,7 @@ class Segmenter:
                 "version": engine.version,
                 "device": engine.device,
                 "precision": engine.precision,
+                "gate": self.verdict,
                 "threads": self.options.engine.threads,
             },
             "profile": {
@@ -251,6 +257,16 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture
     paths = outputs.output_paths(scan.path, folder)
     outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES if name in contents})
     return [paths[name] for name in outputs.NAMES if name in contents]
+
+
+def _warn_precision(precision: str, gate: str) -> None:
+    if precision != "fp32" and gate != "passed":
+        log.warning(
+            "%s was asked for, but its accuracy with this bundle, backend and profile is not proven: %s; "
+            "'edgemuse info' shows what passed, 'edgemuse calibrate' measures",
+            precision,
+            gate,
+        )
 
 
 def _warn_orientation(scan: Scan, network: Network) -> None:
