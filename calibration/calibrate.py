@@ -16,7 +16,7 @@ from edgemuse.calibration.scans import Source, calibration_patches, find_scans, 
 from edgemuse.engines.errors import VerificationError
 from edgemuse.engines.protocol import Batch
 from edgemuse.export.writer import check_output, check_replaceable, replace_bundle, write_bundle
-from edgemuse.runtime.bundle import Bundle, file_entry, open_bundle
+from edgemuse.runtime.bundle import Bundle, GateRow, Manifest, file_entry, open_bundle
 from edgemuse.runtime.precision import ALWAYS_FP32
 
 FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}
@@ -27,6 +27,7 @@ SENSITIVITY_PATCHES = 2
 RECORDED_PACKAGES = ("edgemuse", "nncf", "onnx")
 
 Progress = Callable[[str], None]
+Files = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Work:
     files: Mapping[str, bytes]
     progress: Progress
 
-    def draft(self, graphs: Mapping[str, bytes], **changes: Any) -> tuple[Any, dict[str, bytes]]:
+    def draft(self, graphs: Mapping[str, bytes], **changes: Any) -> tuple[Manifest, Files]:
         """Manifest and files of the bundle with `graphs` added."""
         manifest = self.bundle.manifest
         files = {**self.files, **{FILES[precision]: data for precision, data in graphs.items()}}
@@ -98,14 +99,16 @@ def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Pat
     return replace_bundle(bundle, manifest, files) if in_place else write_bundle(output, manifest, files)
 
 
-def _calibrated(work: Work, chosen: Sequence[Source], held_out: Sequence[Source]) -> tuple[Any, dict[str, bytes]]:
+def _calibrated(work: Work, chosen: Sequence[Source], held_out: Sequence[Source]) -> tuple[Manifest, Files]:
     bundle, progress = work.bundle, work.progress
     patches = calibration_patches(chosen, bundle.manifest.network)
     expected = expect(bundle, held_out, progress)
-    int8 = _int8(work, patches, expected)
+    int8, known = _int8(work, patches, expected)
     graphs = {"int8": int8.graph} | _fp16(work)
     trial = work.trial(graphs)
-    rows = [row for setting in settings(trial) for row in evaluate(trial, setting, expected, progress)]
+    rows = [
+        row for setting in settings(trial) for row in known.get(setting) or evaluate(trial, setting, expected, progress)
+    ]
     return work.draft(graphs, gate=tuple(rows), calibration=_record(int8, len(patches), chosen, held_out))
 
 
@@ -117,18 +120,25 @@ def _fp16(work: Work) -> dict[str, bytes]:
         return {}
 
 
-def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> Int8:
-    """Quantise every convolution; if that does not pass, leave out those that cost most, a few more at each attempt."""
+def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int8, dict[Setting, list[GateRow]]]:
+    """Quantise every convolution; if that does not pass, leave out those that cost most, a few more at each attempt.
+
+    Returns the graph, and what was measured of it on the way.
+    """
     work.progress(f"quantising to int8 with {len(patches)} patches")
     quantised = quantise(work.bundle.graph("fp32"), patches)
     int8 = Int8(quantised.graph(), len(quantised.layers))
-    for attempt in range(1, ATTEMPTS + 1):
+    known: dict[Setting, list[GateRow]] = {}
+    for attempt in range(1, ATTEMPTS + 2):
         trial = work.trial({"int8": int8.graph})
         setting = _int8_setting(trial)
-        if setting is None or all(row.passed for row in evaluate(trial, setting, expected, work.progress)):
+        if setting is None:
+            break
+        known[setting] = evaluate(trial, setting, expected, work.progress)
+        if attempt > ATTEMPTS or all(row.passed for row in known[setting]):
             break
         int8 = _without_worst(quantised, int8, patches, setting, attempt, work.progress)
-    return int8
+    return int8, known
 
 
 def _int8_setting(bundle: Bundle) -> Setting | None:
@@ -156,8 +166,7 @@ def _record(int8: Int8, patches: int, chosen: Sequence[Source], held_out: Sequen
         "reference": f"profile {ALWAYS_FP32}, fp32",
         "int8": {
             "convolutions": int8.layers,
-            "left_in_fp32": list(int8.excluded),
-            "error_alone": {name: round(int8.errors[name], 6) for name in int8.excluded},
+            "left_in_fp32": {name: f"error alone {int8.errors[name]:.2g}" for name in int8.excluded} or "none",
         },
         "versions": {package: version(package) for package in RECORDED_PACKAGES},
     }

@@ -13,7 +13,7 @@ from edgemuse.calibration.scans import Source, read_truth, structures
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.engines.registry import statuses
+from edgemuse.engines.registry import choose, statuses
 from edgemuse.runtime.bundle import Bundle, GateRow
 from edgemuse.runtime.pipeline import Options, Segmenter
 from edgemuse.runtime.precision import ALWAYS_FP32, stored_precision
@@ -44,10 +44,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Expected:
-    """The scans to evaluate on, with their fp32 `reference` labels and the truth where it is known."""
+    """The scans to evaluate on, what `setting`, fp32 `reference`, gave for each, and the truth where it is known."""
 
+    setting: Setting
     sources: tuple[Source, ...]
     references: tuple[Labels, ...]
+    seconds: float
     truths: tuple[Labels | None, ...]
 
 
@@ -80,9 +82,10 @@ def expect(bundle: Bundle, sources: Sequence[Source], progress: Progress) -> Exp
     """The fp32 `reference` labels and the truth of every scan; raises InputError where one cannot be used."""
     labels = bundle.manifest.labels
     truths = tuple(None if source.truth is None else read_truth(source.truth, labels) for source in sources)
-    options = Options(ALWAYS_FP32, EngineOptions(precision="fp32"))
-    references, _ = _segment(bundle, options, sources, lambda text: progress(f"reference: {text}"))
-    return Expected(tuple(sources), references, truths)
+    choose(EngineOptions(precision="fp32"))  # raises with every reason where there is none
+    setting = next(s for s in settings(bundle) if s.precision == "fp32" and ALWAYS_FP32 in s.profiles)
+    references, seconds = _segment(bundle, setting, sources, progress)
+    return Expected(setting, tuple(sources), references, seconds, truths)
 
 
 def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Progress) -> list[GateRow]:
@@ -91,12 +94,15 @@ def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Pro
     seconds: float | None = None
     reasons: tuple[str, ...]
     try:
-        maps, times = _segment(bundle, setting.options, expected.sources, lambda text: progress(f"{setting}: {text}"))
+        if setting == expected.setting:
+            maps, seconds = expected.references, expected.seconds
+        else:
+            maps, seconds = _segment(bundle, setting, expected.sources, progress)
     except BackendError as error:  # NaN among others
-        reasons = (" ".join(str(error).split()),)
+        reasons = ("".join(letter for letter in " ".join(str(error).split()) if letter.isprintable()),)
     else:
         cases = [Case(*maps) for maps in zip(expected.references, maps, expected.truths, strict=True)]
-        found, seconds = measure(cases), median(times)
+        found = measure(cases)
         reasons = failures(found, setting.precision)
     rows = [_row(bundle, setting, profile, expected, found, seconds, reasons) for profile in setting.profiles]
     agreement = "" if found is None else f"agreement {found.agreement:.4f}, "
@@ -105,17 +111,17 @@ def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Pro
 
 
 def _segment(
-    bundle: Bundle, options: Options, sources: Sequence[Source], progress: Progress
-) -> tuple[tuple[Labels, ...], list[float]]:
-    """Structures of every scan, and the seconds that the network took."""
+    bundle: Bundle, setting: Setting, sources: Sequence[Source], progress: Progress
+) -> tuple[tuple[Labels, ...], float]:
+    """Structures of every scan, and the seconds that the network took a scan."""
     maps, seconds = [], []
-    with _quiet(), Segmenter(bundle, options) as segmenter:
+    with _quiet(), Segmenter(bundle, setting.options) as segmenter:
         for number, source in enumerate(sources, start=1):
-            progress(f"scan {number} of {len(sources)}")
+            progress(f"{setting}: scan {number} of {len(sources)}")
             result = segmenter.segment(source.path)
             maps.append(structures(result.classes, bundle.manifest.labels))
             seconds.append(result.seconds["infer"])
-    return tuple(maps), seconds
+    return tuple(maps), median(seconds)
 
 
 @contextlib.contextmanager
