@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_name
-from edgemuse.engines.openvino_rewrites import fold_constants, merge_upsampling, normalise_precisely
+from edgemuse.engines.openvino_rewrites import fold_constants, merge_upsampling, normalise_precisely, put_channels_last
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
@@ -56,6 +57,7 @@ class OpenVINOEngine:
                 fold_constants(model)
                 merge_upsampling(model)
                 normalise_precisely(model)
+            put_channels_last(model)
             compiled = self._core.compile_model(model, self.device, self._config)
             self._start(compiled)
             exported = compiled.export_model() if keep else b""
@@ -85,7 +87,7 @@ class OpenVINOEngine:
             self._request.infer({0: ov.Tensor(batch, shared_memory=True)})
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed while running the network: {_first_line(error)}") from error
-        features: Batch = self._request.get_output_tensor(0).data
+        features: Batch = np.moveaxis(self._request.get_output_tensor(0).data, -1, 1)
         return features
 
     def close(self) -> None:
