@@ -47,12 +47,11 @@ def verdict(bundle: Bundle, profile: str, options: EngineOptions) -> str:
 
 
 def _by_speed(bundle: Bundle, profile: str, chosen: EngineOptions) -> list[GateRow]:
-    """Rows that passed for the backend chosen, the fastest first, up to fp32 itself."""
+    """Rows that passed for the backend chosen, the fastest first; none where fp32 itself was not timed."""
     where = (chosen.backend, chosen.device, profile)
     rows = [row for row in bundle.manifest.gate if row.passed and (row.backend, row.device, row.profile) == where]
     rows.sort(key=lambda row: row.seconds or 0.0)
-    precisions = [row.precision for row in rows]
-    return rows[: precisions.index("fp32")] if "fp32" in precisions else []
+    return rows if any(row.precision == "fp32" for row in rows) else []
 
 
 def _usable(bundle: Bundle, row: GateRow, chosen: EngineOptions) -> bool:

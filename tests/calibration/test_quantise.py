@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -85,6 +86,18 @@ def test_int8_is_near_fp32(backend: str, graph: bytes, quantised: Quantised) -> 
     found = run(quantised.graph(), backend, "int8", batches)
     exact = run(graph, "openvino", "fp32", batches)
     assert 1e-4 < error(found, exact) < ROUNDING
+
+
+def test_openvino_convolves_in_int8(quantised: Quantised) -> None:
+    """By what its compiled model says of itself: the results alone would not tell."""
+    if not any("int8" in precisions for status in statuses("openvino") for precisions in status.devices.values()):
+        pytest.skip("OpenVINO has no int8 on this machine")
+    engine: Any = open_engine(quantised.graph(), SHAPE, EngineOptions(backend="openvino", precision="int8"))
+    notes = [node.get_rt_info() for node in engine._request.get_compiled_model().get_runtime_model().get_ops()]
+    engine.close()
+    found = [str(note["runtimePrecision"].value) for note in notes if note["layerType"].value == "Convolution"]
+    assert len(found) == 4
+    assert set(found) <= {"i8", "u8"}
 
 
 def test_backends_agree(graph: bytes, quantised: Quantised) -> None:
