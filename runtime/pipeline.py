@@ -32,7 +32,7 @@ from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
 from edgemuse.runtime.postprocess import remove_islands
-from edgemuse.runtime.precision import choose_engine, stored_precision, verdict
+from edgemuse.runtime.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.resample import output_matrices
@@ -96,7 +96,7 @@ class Segmenter:
         chosen = choose_engine(bundle, options.profile, options.engine)
         self.bundle, self.options = bundle, replace(options, engine=chosen)
         self.verdict = verdict(bundle, options.profile, chosen)
-        _warn_precision(chosen.precision, self.verdict)
+        _warn_accuracy(options.profile, chosen.precision, self.verdict)
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -282,14 +282,17 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture
     return [paths[name] for name in outputs.NAMES if name in contents]
 
 
-def _warn_precision(precision: str, gate: str) -> None:
-    if precision != "fp32" and gate != "passed":
-        log.warning(
-            "%s was asked for, but its accuracy with this bundle, backend and profile is not proven: %s; "
-            "'edgemuse info' shows what passed, 'edgemuse calibrate' measures",
-            precision,
-            gate,
-        )
+def _warn_accuracy(profile: str, precision: str, gate: str) -> None:
+    """fp32 needs no proof, but may fail: tiles of another size have another normalisation."""
+    if gate == "passed" or (precision == "fp32" and gate == NOT_MEASURED):
+        return
+    log.warning(
+        "the accuracy of %s with the profile %s is not proven for this bundle and backend: %s; 'edgemuse info' shows "
+        "what passed, 'edgemuse calibrate' measures",
+        precision,
+        profile,
+        gate,
+    )
 
 
 def _warn_orientation(scan: Scan, network: Network) -> None:

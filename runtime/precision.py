@@ -11,6 +11,7 @@ from edgemuse.runtime.bundle import STORED_PRECISIONS, Bundle, GateRow
 
 ALWAYS_FP32 = "reference"
 """The profile that promises nnU-Net's own labels."""
+NOT_MEASURED = "not measured"
 
 
 def choose_engine(bundle: Bundle, profile: str, options: EngineOptions) -> EngineOptions:
@@ -42,7 +43,7 @@ def verdict(bundle: Bundle, profile: str, options: EngineOptions) -> str:
     """`passed`, `not measured`, or `failed` and why."""
     row = gate_row(bundle, profile, options)
     if row is None:
-        return "not measured"
+        return NOT_MEASURED
     return "passed" if row.passed else f"failed: {'; '.join(row.failures)}"
 
 

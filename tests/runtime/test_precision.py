@@ -147,7 +147,13 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
 
 @pytest.mark.parametrize(
     ("failures", "warning"),
-    [((), ""), (("agreement 0.9 is below 0.98",), "not proven: failed: agreement 0.9 is below 0.98")],
+    [
+        ((), ""),
+        (
+            ("agreement 0.9 is below 0.98",),
+            "int8 with the profile balanced is not proven for this bundle and backend: failed: agreement 0.9 is below",
+        ),
+    ],
     ids=["passed", "failed"],
 )
 def test_failed_precision_warns_and_is_recorded(
@@ -162,6 +168,17 @@ def test_failed_precision_warns_and_is_recorded(
     backend = json.loads((tmp_path / "a_provenance.json").read_text())["backend"]
     assert backend["precision"] == "int8"
     assert backend["gate"] == ("passed" if not failures else f"failed: {failures[0]}")
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_fp32_warns_only_if_it_failed(measured: bool, path: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """As it may where the profile changes what is computed."""
+    with_gate(path, *[gate_row(precision="fp32", failures=("agreement 0.7 is below 0.98",))] * measured)
+    scan = write_scan(tmp_path / "a_T1w.nii.gz")
+    ran = cli("segment", scan, "-m", path, "-o", tmp_path, "--profile", "balanced")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("\n") == measured
+    assert ("fp32 with the profile balanced is not proven" in ran.err) == measured
 
 
 def test_info_shows_the_table(path: Path, cli: CommandLine) -> None:
