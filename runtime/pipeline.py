@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edgemuse.engines.errors import BundleError
 from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
 from edgemuse.engines.protocol import Engine, EngineOptions
-from edgemuse.engines.registry import choose, open_engine
+from edgemuse.engines.registry import open_engine
 from edgemuse.runtime import outputs, picture
 from edgemuse.runtime.bundle import Bundle, Network, open_bundle
 from edgemuse.runtime.geometry import orientation
@@ -32,6 +32,7 @@ from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
 from edgemuse.runtime.postprocess import remove_islands
+from edgemuse.runtime.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.resample import output_matrices
@@ -92,7 +93,10 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        self.bundle, self.options = bundle, replace(options, engine=choose(options.engine)[1])
+        chosen = choose_engine(bundle, options.profile, options.engine)
+        self.bundle, self.options = bundle, replace(options, engine=chosen)
+        self.verdict = verdict(bundle, options.profile, chosen)
+        _warn_accuracy(options.profile, chosen.precision, self.verdict)
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -163,7 +167,8 @@ class Segmenter:
         if self._engine is None or self._tile != tile:
             self.close()
             self._tile = tile
-            self._engine = open_engine(self.bundle.graph("fp32"), (1, 1, *tile), self.options.engine)
+            graph = self.bundle.graph(stored_precision(self.options.engine.precision))
+            self._engine = open_engine(graph, (1, 1, *tile), self.options.engine)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -215,6 +220,7 @@ class Segmenter:
                 "version": engine.version,
                 "device": engine.device,
                 "precision": engine.precision,
+                "gate": self.verdict,
                 "threads": self.options.engine.threads,
             },
             "profile": {
@@ -274,6 +280,19 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture
     paths = outputs.output_paths(scan.path, folder)
     outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES if name in contents})
     return [paths[name] for name in outputs.NAMES if name in contents]
+
+
+def _warn_accuracy(profile: str, precision: str, gate: str) -> None:
+    """fp32 needs no proof, but may fail: tiles of another size have another normalisation."""
+    if gate == "passed" or (precision == "fp32" and gate == NOT_MEASURED):
+        return
+    log.warning(
+        "the accuracy of %s with the profile %s is not proven for this bundle and backend: %s; 'edgemuse info' shows "
+        "what passed, 'edgemuse calibrate' measures",
+        precision,
+        profile,
+        gate,
+    )
 
 
 def _warn_orientation(scan: Scan, network: Network) -> None:
