@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.bundle import MANIFEST, Head, Manifest, open_bundle
+from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, CascadeManifest, Head, Manifest, open_model
 
 HEAD = "head.npz"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -39,13 +39,25 @@ def head_bytes(head: Head) -> bytes:
 
 def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     """Write a bundle, a zip file if `output` ends with `.zip`, else a directory; raises OutputError or BundleError."""
+    return _write_whole(output, {MANIFEST: manifest.to_json().encode(), **files})
+
+
+def write_cascade(output: Path, manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> Path:
+    """Write a cascade of two bundles, a zip file or a directory as above; `manifest` names their SHA-256."""
+    files = {CASCADE: manifest.to_json().encode()}
+    for role, bundle in (("mask", mask), ("regions", regions)):
+        files[f"{role}/{MANIFEST}"] = bundle.manifest_bytes
+        files |= {f"{role}/{name}": bundle.read(name) for name in bundle.manifest.files}
+    return _write_whole(output, files)
+
+
+def _write_whole(output: Path, whole: Mapping[str, bytes]) -> Path:
     check_output(output)
     stage = output.parent / f".{output.name}.tmp-{secrets.token_hex(4)}"
-    whole = {MANIFEST: manifest.to_json().encode(), **files}
     try:
         stage.mkdir()
         bundle = _write(stage / output.name, whole)
-        open_bundle(bundle).verify()
+        open_model(bundle).verify()
         check_output(output)
         bundle.rename(output)
     except OSError as error:
@@ -60,6 +72,7 @@ def _write(path: Path, files: Mapping[str, bytes]) -> Path:
         return _write_zip(path, files)
     path.mkdir()
     for name, data in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(data)
     return path
 

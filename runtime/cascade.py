@@ -56,7 +56,7 @@ def padded_box(mask: Mask, percent: int) -> Box:
 
     The padding, per axis, is `percent` of the distance from the first to the last voxel, rounded half to even, and ends
     at the border of the volume. Upstream counts it from the last voxel, as the end that is not included, so that it is
-    one voxel less there. We do the same, but never cut the component itself, which upstream does where the padding is 0.
+    one voxel less there. We do the same, but never cut the component itself: upstream does where the padding is 0.
 
     Raises:
         ValueError: the mask is empty. Upstream takes the whole volume then.

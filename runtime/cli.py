@@ -20,11 +20,12 @@ import click
 from edgemuse.engines.errors import EdgemuseError
 
 if TYPE_CHECKING:
-    from edgemuse.runtime.bundle import Bundle
     from edgemuse.runtime.pipeline import Options, Segmenter
+    from edgemuse.runtime.stages import CascadeSegmenter
 
 LAZY_COMMANDS = {
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
+    "cascade": ("edgemuse.export.cascade", "cascade", "Join a brain mask bundle and a region bundle into one."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -137,16 +138,16 @@ def segment(
     _show_log(verbose)
     _bind_threads(engine["threads"])
     from edgemuse.runtime.builtin import BUILT_IN
-    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.outputs import prepare_folder
-    from edgemuse.runtime.pipeline import Segmenter
+    from edgemuse.runtime.stages import segmenter_of
 
-    bundle = open_bundle(model or BUILT_IN)
+    opened = open_model(model or BUILT_IN)
     prepare_folder(scans, output, overwrite)
     codes = []
-    with Segmenter(bundle, _options(max_ram, not no_postprocess, **engine)) as segmenter:
+    with segmenter_of(opened, _options(max_ram, not no_postprocess, **engine)) as segmenter:
         for scan in scans:
-            codes.append(_guard(partial(_segment_one, segmenter, bundle, scan, output, not no_qc), debug=ctx.obj))
+            codes.append(_guard(partial(_segment_one, segmenter, scan, output, not no_qc), debug=ctx.obj))
     if any(codes):
         if len(scans) > 1:
             click.echo(f"edgemuse: {sum(map(bool, codes))} of {len(scans)} scans failed", err=True)
@@ -159,15 +160,15 @@ def segment(
 def info(model: Path | None, card: bool) -> None:
     """Show what a bundle holds, and check every file in it. Without BUNDLE: the built-in model."""
     from edgemuse.runtime.builtin import BUILT_IN, MODEL_CARD
-    from edgemuse.runtime.bundle import open_bundle
-    from edgemuse.runtime.describe import describe_bundle
+    from edgemuse.runtime.bundle import open_model
+    from edgemuse.runtime.describe import describe_model
 
     if card:
         click.echo(MODEL_CARD.read_text(encoding="utf-8"))
         return
-    bundle = open_bundle(model or BUILT_IN)
-    bundle.verify()
-    click.echo(describe_bundle(bundle))
+    opened = open_model(model or BUILT_IN)
+    opened.verify()
+    click.echo(describe_model(opened))
 
 
 @cli.command()
@@ -271,12 +272,12 @@ def _options(max_ram: float | None, postprocess: bool, profile: str, **engine: A
     return Options(profile, EngineOptions(**engine, cache_dir=default_cache_dir()), max_ram, postprocess)
 
 
-def _segment_one(segmenter: Segmenter, bundle: Bundle, scan: Path, output: Path, qc: bool) -> None:
+def _segment_one(segmenter: Segmenter | CascadeSegmenter, scan: Path, output: Path, qc: bool) -> None:
     from edgemuse.runtime.pipeline import write
 
     with _progress(scan) as progress:
         result = segmenter.segment(scan, progress)
-    for path in write(result, bundle, output, qc):
+    for path in write(result, output, qc):
         click.echo(path)
 
 

@@ -77,9 +77,14 @@ def _resampling_bytes(shape: Shape, target: Shape, spacing: Spacing, network: Ne
     return total
 
 
+def memory_limit(max_ram: float | None) -> float:
+    """Bytes that the process may take: `max_ram` GiB, or nine tenths of what is free here if that is None."""
+    return SHARE * (available_memory() + resident_memory()) if max_ram is None else max_ram * 2**30
+
+
 def check_memory(scan: Scan, plan: MemoryPlan, max_ram: float | None) -> None:
     """Raise MemoryLimitError if `plan` exceeds `max_ram` GiB, or what is free here if that is None."""
-    limit = SHARE * (available_memory() + resident_memory()) if max_ram is None else max_ram * 2**30
+    limit = memory_limit(max_ram)
     if plan.total <= limit:
         return
     source = "are free here" if max_ram is None else "are allowed by --max-ram"

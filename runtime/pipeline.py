@@ -25,10 +25,10 @@ from edgemuse.engines.hardware import machine, peak_memory
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import choose, open_engine
 from edgemuse.runtime import outputs, picture
-from edgemuse.runtime.bundle import Bundle, Network, open_bundle
+from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
-from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
+from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, to_indices, volumes_csv
 from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
 from edgemuse.runtime.postprocess import remove_islands
 from edgemuse.runtime.preprocess import Prepared, preprocess
@@ -62,6 +62,7 @@ class Segmentation:
         scan: what was segmented.
         shown: (i, j, k) its intensities as grey values, for pictures.
         classes: (i, j, k) class numbers.
+        labels: of the classes.
         seconds: of each stage.
         provenance: how it was made.
     """
@@ -69,8 +70,22 @@ class Segmentation:
     scan: Scan
     shown: NDArray[np.uint8]
     classes: Labels
+    labels: tuple[Label, ...]
     seconds: dict[str, float]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one network gave.
+
+    `classes`: (i, j, k) on the grid that was prepared; `removed`: voxels changed by removing islands.
+    """
+
+    classes: Labels
+    plan: TilePlan
+    engine: Engine
+    removed: int
 
 
 def default_cache_dir() -> Path:
@@ -93,6 +108,10 @@ class Segmenter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -105,6 +124,7 @@ class Segmenter:
         with watch.stage("load"):
             scan = open_scan(path)
             memory = self.plan(scan)
+            log.info("memory: %s", memory)
             check_memory(scan, memory, self.options.max_ram)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
@@ -112,7 +132,13 @@ class Segmenter:
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
             del image
-            plan = plan_tiles(_shape(prepared), self.network.patch, self.profile.step)
+        run = self.run(prepared, watch, progress)
+        provenance = self.provenance(scan, run, memory, watch.seconds)
+        return Segmentation(scan, shown, run.classes, self.bundle.labels, watch.seconds, provenance)
+
+    def run(self, prepared: Prepared, watch: Stopwatch, progress: Callable[[int, int], None]) -> Run:
+        """From the network's input to classes on the scan's grid."""
+        plan = plan_tiles(_shape(prepared), self.network.patch, self.profile.step)
         with watch.stage("engine"):
             engine = self.engine()
         with watch.stage("infer"):
@@ -123,9 +149,7 @@ class Segmenter:
         if self.options.postprocess:
             with watch.stage("postprocess"):
                 removed = remove_islands(restored, self.bundle.manifest.labels)
-        provenance = self._provenance(scan, plan, engine, memory, watch.seconds)
-        provenance["postprocess"] = {"done": self.options.postprocess, "voxels_changed": removed}
-        return Segmentation(scan, shown, restored, watch.seconds, provenance)
+        return Run(restored, plan, engine, removed)
 
     @cached_property
     def _window(self) -> NDArray[np.float32]:
@@ -134,9 +158,7 @@ class Segmenter:
     def plan(self, scan: Scan) -> MemoryPlan:
         """The memory that `scan` will take at most."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
-        memory = plan_memory(scan, self.network, graph_bytes, self.profile.mirror)
-        log.info("memory: %s", memory)
-        return memory
+        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror)
 
     def engine(self) -> Engine:
         """The engine for one patch, opened on first use."""
@@ -173,9 +195,9 @@ class Segmenter:
             )
         return features
 
-    def _provenance(
-        self, scan: Scan, plan: TilePlan, engine: Engine, memory: MemoryPlan, seconds: dict[str, float]
-    ) -> dict[str, Any]:
+    def provenance(self, scan: Scan, run: Run, memory: MemoryPlan, seconds: dict[str, float]) -> dict[str, Any]:
+        """How `run` was made of `scan`, for people and for making it again."""
+        plan, engine = run.plan, run.engine
         mirrored_axes = list(self.network.mirror_axes) if self.profile.mirror else []
         return {
             "edgemuse": version("edgemuse"),
@@ -200,6 +222,7 @@ class Segmenter:
                 "step": self.profile.step,
                 "mirrored_axes": mirrored_axes,
             },
+            "postprocess": {"done": self.options.postprocess, "voxels_changed": run.removed},
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("numpy", "scipy", "nibabel")},
             "machine": machine(),
@@ -209,29 +232,31 @@ class Segmenter:
 
 
 class Stopwatch:
-    """Seconds of each stage, logged as they end."""
+    """Seconds of each stage, logged as they end; `prefix` stands before every name."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.seconds = prefix, dict[str, float]()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block under `name`."""
-        start = time.perf_counter()
+        name, start = self.prefix + name, time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
         log.info("%s: %.2f s", name, self.seconds[name])
 
 
 def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
-    """Segment one scan with the bundle at `bundle`. For several scans keep a `Segmenter`."""
-    with Segmenter(open_bundle(bundle), options or Options()) as segmenter:
+    """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
+    from edgemuse.runtime.stages import open_segmenter  # which is made of what stands here
+
+    with open_segmenter(bundle, options or Options()) as segmenter:
         return segmenter.segment(path)
 
 
-def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture: bool = True) -> list[Path]:
+def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -> list[Path]:
     """Write the label map, its legend, the volumes, the provenance and a picture into `folder`; returns their paths."""
-    labels, scan = bundle.manifest.labels, segmentation.scan
+    labels, scan = segmentation.labels, segmentation.scan
     start = time.perf_counter()
     counts = count_voxels(segmentation.classes, labels)
     voxel_mm3 = float(abs(np.linalg.det(scan.affine[:3, :3])))
@@ -243,7 +268,7 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture
     if with_picture:
         found = sum(1 for label in labels if label.index and counts[label.number])
         litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6
-        caption = f"{scan.path.name}   {bundle.manifest.name}   {found} structures   {litres:.2f} l"
+        caption = f"{scan.path.name}   {segmentation.provenance['model']['name']}   {found} structures   {litres:.2f} l"
         contents["qc.png"] = picture.picture(segmentation.shown, segmentation.classes, scan.affine, labels, caption)
     seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
     provenance = segmentation.provenance | {"seconds": seconds}

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
 
-from edgemuse.runtime.bundle import MANIFEST, Manifest, Network, Normalization, Resampling, file_entry
+from edgemuse.export.writer import write_cascade
+from edgemuse.runtime.bundle import (
+    MANIFEST,
+    CascadeManifest,
+    Manifest,
+    Network,
+    Normalization,
+    Resampling,
+    file_entry,
+    open_bundle,
+)
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.labels import Label
 
@@ -47,6 +58,7 @@ class Tiny:
     use_mask: bool = False
     labels: tuple[Label, ...] | None = None
     seed: int = 0
+    threshold: bool = False  # no random weights: class 1 where the mean of 27 voxels is over the scan's
 
     @property
     def channels(self) -> int:
@@ -56,6 +68,10 @@ class Tiny:
 
 def conv_weights(tiny: Tiny) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weight (channels, 1, 3, 3, 3) and bias (channels,) of the network."""
+    if tiny.threshold:
+        weight = np.zeros((tiny.channels, 1, 3, 3, 3), np.float32)
+        weight[1] = 1 / 27
+        return weight, np.zeros(tiny.channels, np.float32)
     rng = np.random.default_rng(tiny.seed)
     weight = rng.normal(0, 0.3, (tiny.channels, 1, 3, 3, 3)).astype(np.float32)
     return weight, rng.normal(0, 0.1, tiny.channels).astype(np.float32)
@@ -150,6 +166,28 @@ def tiny_bundle(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def tiny_cascade(path: Path, mask: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Write a cascade to `path`: a mask of the brighter half of the scan, then a random network of 6 classes.
+
+    `mask` changes the first network, `changes` are fields of CascadeManifest. Returns `path`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        first = {"classes": 2, "deferred": False, "threshold": True} | (mask or {})
+        bundles = tiny_bundle(Path(folder) / "mask", **first), tiny_bundle(Path(folder) / "regions", seed=3)
+        opened = [open_bundle(bundle) for bundle in bundles]
+        manifest = CascadeManifest(
+            name="tiny cascade",
+            license="CC0-1.0",
+            orientation="LPS",
+            stages={role: bundle.sha256 for role, bundle in zip(("mask", "regions"), opened, strict=True)},
+            padding_percent=10,
+            keep_largest=False,
+            plausible_mm3=None,
+            fill=Label(6, 1, "filled"),
+        )
+        return write_cascade(path, replace(manifest, **changes), *opened)
+
+
 def edit_manifest(folder: Path, **changes: Any) -> Path:
     """Change top-level keys of the bundle's manifest; returns `folder`."""
     path = folder / MANIFEST
@@ -168,8 +206,8 @@ def replace_file(folder: Path, name: str, data: bytes) -> Path:
 def zip_bundle(folder: Path, path: Path, compression: int = zipfile.ZIP_DEFLATED) -> Path:
     """The bundle in `folder` as the zip file `path`."""
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(file, file.relative_to(folder))
     return path
 
 
