@@ -128,7 +128,8 @@ def segment(
     \b
       sub-01_dseg.nii.gz      labels on the scan's own grid
       sub-01_dseg.tsv         what the labels mean
-      sub-01_volumes.csv      voxels and mm3 of every structure
+      sub-01_volumes.tsv      voxels and mm3 of every structure
+      sub-01_DLMUSE_Volumes.csv  with DLMUSE: the table that NiChart_DLMUSE writes
       sub-01_provenance.json  inputs, model, versions, seconds, memory
       sub-01_qc.png           slices with the labels over them: look at it
 

@@ -28,15 +28,17 @@ from edgemuse.runtime import outputs, picture
 from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
-from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, to_indices, volumes_csv
+from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
 from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
+from edgemuse.runtime.muse import is_muse
 from edgemuse.runtime.postprocess import remove_islands
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.resample import output_matrices
-from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image
+from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image, scan_stem
 from edgemuse.runtime.tiles import TilePlan, gaussian_window, merge_tiles, mirrored, plan_tiles
 from edgemuse.runtime.types import Labels
+from edgemuse.runtime.volumes import dlmuse_csv, volumes_tsv
 
 log = logging.getLogger("edgemuse")
 
@@ -263,8 +265,11 @@ def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -
     contents = {
         "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
         "dseg.tsv": dseg_tsv(labels).encode(),
-        "volumes.csv": volumes_csv(counts, labels, voxel_mm3).encode(),
+        "volumes.tsv": volumes_tsv(structure_voxels(counts, labels), labels, voxel_mm3).encode(),
     }
+    if is_muse(labels):
+        table = dlmuse_csv(scan_stem(scan.path), structure_voxels(counts, labels), voxel_mm3)
+        contents[outputs.DLMUSE_CSV] = table.encode()
     if with_picture:
         found = sum(1 for label in labels if label.index and counts[label.number])
         litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6

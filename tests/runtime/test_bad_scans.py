@@ -23,7 +23,7 @@ from edgemuse.runtime.outputs import nifti_bytes
 from edgemuse.runtime.scan import open_scan, read_image
 
 HEADER = 348
-RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.csv", "provenance.json")}
+RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", "provenance.json")}
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +315,9 @@ def test_file_in_the_way_of_the_output_folder(output: str, tmp_path: Path, model
 
 def test_folder_in_the_way_of_a_result(tmp_path: Path, model: Path, cli: CommandLine) -> None:
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
-    (tmp_path / "out" / "sub-01_volumes.csv").mkdir(parents=True)
+    (tmp_path / "out" / "sub-01_volumes.tsv").mkdir(parents=True)
     line = refused_before_work(cli, tmp_path, scan, "-m", model, "-o", tmp_path / "out", "--overwrite")
-    assert "sub-01_volumes.csv is a folder" in line
+    assert "sub-01_volumes.tsv is a folder" in line
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -342,7 +342,7 @@ def test_two_scans_that_would_give_the_same_files(tmp_path: Path, model: Path, c
 def test_results_are_replaced_only_when_told_to(tmp_path: Path, model: Path, cli: CommandLine) -> None:
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
     (tmp_path / "out").mkdir()
-    old = tmp_path / "out" / "sub-01_volumes.csv"
+    old = tmp_path / "out" / "sub-01_volumes.tsv"
     old.write_text("of an earlier run")
     line = refused_before_work(cli, tmp_path, scan, "-m", model, "-o", tmp_path / "out")
     assert f"{old} exists; choose another folder, or replace it with --overwrite" in line
