@@ -23,7 +23,7 @@ from edgemuse.runtime.outputs import nifti_bytes
 from edgemuse.runtime.scan import open_scan, read_image
 
 HEADER = 348
-RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", "provenance.json")}
+RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", "provenance.json", "qc.png")}
 
 
 @pytest.fixture(scope="module")
@@ -322,14 +322,14 @@ def test_folder_in_the_way_of_a_result(tmp_path: Path, model: Path, cli: Command
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_name_too_long_for_some_results(exists: bool, tmp_path: Path, model: Path, cli: CommandLine) -> None:
-    """`_dseg.nii.gz` would fit and `_provenance.json` not: neither is left."""
+    """`_dseg.nii.gz` would fit and longer names not: neither is left."""
     scan = write_scan(tmp_path / ("x" * 241 + ".nii.gz"))
     if exists:
         (tmp_path / "out").mkdir()
     before = snapshot(tmp_path)
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out")
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran
-    assert "provenance.json: cannot be written (File name too long)" in ran.err
+    assert f"{'DLMUSE_Volumes.csv' if exists else 'provenance.json'}: cannot be written (File name too long)" in ran.err
     assert snapshot(tmp_path) == before | {"out": "folder"}
 
 
@@ -348,7 +348,7 @@ def test_results_are_replaced_only_when_told_to(tmp_path: Path, model: Path, cli
     assert f"{old} exists; choose another folder, or replace it with --overwrite" in line
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--overwrite")
     assert (ran.code, ran.err) == (0, "")
-    assert old.read_text().startswith("index,name")
+    assert old.read_text().startswith("index\tname")
     assert {path.name for path in (tmp_path / "out").iterdir()} == RESULTS
 
 
@@ -361,9 +361,9 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path: Path, model: Path, cli:
         f"edgemuse: {scans[1]}: the file is empty; copy it again",
         "edgemuse: 1 of 3 scans failed",
     ]
-    assert [Path(line).name[0] for line in ran.out.splitlines()] == ["a"] * 4 + ["c"] * 4
+    assert [Path(line).name[0] for line in ran.out.splitlines()] == ["a"] * 5 + ["c"] * 5
     assert all(Path(line).is_file() for line in ran.out.splitlines())
-    assert len(list((tmp_path / "out").iterdir())) == 8
+    assert len(list((tmp_path / "out").iterdir())) == 10
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, model: Path, cli: CommandLine, cache_dir: Path) -> None:
