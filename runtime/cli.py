@@ -133,8 +133,9 @@ def segment(
       sub-01_provenance.json  inputs, model, versions, seconds, memory
       sub-01_qc.png           slices with the labels over them: look at it
 
-    and their paths are printed. A scan that cannot be segmented does not stop the others. Exit code: 0 all done,
-    2 bad input or usage, 1 another failure.
+    and their paths are printed. Where a result should be looked at before it is used (the brain cut off, structures
+    missing or in pieces, strong noise, ...), a line says why, and so do the provenance and the picture. A scan that
+    cannot be segmented does not stop the others. Exit code: 0 all done, 2 bad input or usage, 1 another failure.
     """  # noqa: D301 click reads the backspace itself
     _show_log(verbose)
     _bind_threads(engine["threads"])

@@ -24,7 +24,7 @@ from edgemuse.engines.errors import BackendError, BundleError
 from edgemuse.engines.hardware import machine, peak_memory
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import choose, open_engine
-from edgemuse.runtime import outputs, picture
+from edgemuse.runtime import outputs, picture, quality
 from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
@@ -34,6 +34,7 @@ from edgemuse.runtime.muse import is_muse
 from edgemuse.runtime.postprocess import remove_islands
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
+from edgemuse.runtime.quality import Flag, Subject
 from edgemuse.runtime.resample import output_matrices
 from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image, scan_stem
 from edgemuse.runtime.tiles import TilePlan, gaussian_window, merge_tiles, mirrored, plan_tiles
@@ -65,6 +66,7 @@ class Segmentation:
         shown: (i, j, k) its intensities as grey values, for pictures.
         classes: (i, j, k) class numbers.
         labels: of the classes.
+        flags: why the result should be looked at before it is used.
         seconds: of each stage.
         provenance: how it was made.
     """
@@ -73,6 +75,7 @@ class Segmentation:
     shown: NDArray[np.uint8]
     classes: Labels
     labels: tuple[Label, ...]
+    flags: tuple[Flag, ...]
     seconds: dict[str, float]
     provenance: dict[str, Any]
 
@@ -135,8 +138,11 @@ class Segmenter:
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
             del image
         run = self.run(prepared, watch, progress)
-        provenance = self.provenance(scan, run, memory, watch.seconds)
-        return Segmentation(scan, shown, run.classes, self.bundle.labels, watch.seconds, provenance)
+        with watch.stage("quality"):
+            subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
+            flags = flagged(scan, subject)
+        provenance = self.provenance(scan, run, memory, watch.seconds) | quality.record(flags)
+        return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
 
     def run(self, prepared: Prepared, watch: Stopwatch, progress: Callable[[int, int], None]) -> Run:
         """From the network's input to classes on the scan's grid."""
@@ -248,6 +254,14 @@ class Stopwatch:
         log.info("%s: %.2f s", name, self.seconds[name])
 
 
+def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
+    """Why the result for `scan` should be looked at; says so in the log as well."""
+    flags = quality.assess(subject)
+    if flags:
+        log.warning("%s: look at this result: %s", scan.path, quality.summary(flags))
+    return flags
+
+
 def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
     """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
     from edgemuse.runtime.stages import open_segmenter  # which is made of what stands here
@@ -274,7 +288,9 @@ def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -
         found = sum(1 for label in labels if label.index and counts[label.number])
         litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6
         caption = f"{scan.path.name}   {segmentation.provenance['model']['name']}   {found} structures   {litres:.2f} l"
-        contents["qc.png"] = picture.picture(segmentation.shown, segmentation.classes, scan.affine, labels, caption)
+        names = [flag.name for flag in segmentation.flags]
+        shown, classes = segmentation.shown, segmentation.classes
+        contents["qc.png"] = picture.picture(shown, classes, scan.affine, labels, caption, names)
     seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
     provenance = segmentation.provenance | {"seconds": seconds}
     contents["provenance.json"] = (json.dumps(provenance, indent=2) + "\n").encode()

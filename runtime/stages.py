@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime import picture
+from edgemuse.runtime import picture, quality
 from edgemuse.runtime.bundle import Bundle, Cascade, open_model
 from edgemuse.runtime.cascade import (
     Mask,
@@ -26,8 +27,9 @@ from edgemuse.runtime.cascade import (
     turned_affine,
 )
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit
-from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch
+from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch, flagged
 from edgemuse.runtime.preprocess import Box, preprocess
+from edgemuse.runtime.quality import Subject
 from edgemuse.runtime.scan import Scan, open_scan, read_image
 from edgemuse.runtime.types import Affine, Image, Labels, Shape, Spacing
 
@@ -81,10 +83,18 @@ class CascadeSegmenter:
             first, mask = self._find_mask(scan, turned, in_mask, progress)
         with self._room(self.regions, scan, memory):
             second, box, classes = self._label(scan, turned, mask, in_regions, _after(first.plan.count, progress))
+        found, inside = turn.undo(classes), turn.undo(mask)
+        with watch.stage("quality"):
+            flags = flagged(scan, self._subject(scan, shown, found, inside))
         seconds = watch.seconds | in_mask.seconds | in_regions.seconds
         record = self._record(scan, first, second, memory, seconds)
         record["mask"] = {"voxels": int(mask.sum()), "mm3": float(mask.sum() * _voxel_mm3(scan)), "crop": _sides(box)}
-        return Segmentation(scan, shown, turn.undo(classes), self.cascade.labels, seconds, record)
+        return Segmentation(scan, shown, found, self.cascade.labels, flags, seconds, record | quality.record(flags))
+
+    def _subject(self, scan: Scan, shown: NDArray[np.uint8], classes: Labels, inside: Mask) -> Subject:
+        labels, spacing = self.cascade.labels, self.regions.network.spacing
+        plausible = self.cascade.manifest.plausible_mm3
+        return Subject(shown, classes, labels, scan.affine, scan.zooms, spacing, inside, plausible)
 
     def plan(self, scan: Scan, crop: Shape | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, if what is inside the mask has the shape `crop` (None: a head)."""

@@ -242,11 +242,21 @@ def write_scan(
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command did."""
+    """What a command did.
+
+    `flags`: the lines of `err` that ask to look at a result. Tiny scans always give some, so they stand apart.
+    """
 
     code: int
     out: str
     err: str
+    flags: tuple[str, ...] = ()
+
+
+def ran(code: int, out: str, err: str) -> Ran:
+    """What a command did, from its exit code and its two streams."""
+    flags = tuple(line for line in err.splitlines() if ": look at this result: " in line)
+    return Ran(code, out, "".join(line for line in err.splitlines(True) if line.rstrip("\n") not in flags), flags)
 
 
 class CommandLine:
@@ -269,7 +279,7 @@ class CommandLine:
         for logger, (level, handlers) in zip(loggers, before, strict=True):
             logger.setLevel(level)
             logger.handlers = handlers
-        return Ran(code, *self.capfd.readouterr())
+        return ran(code, *self.capfd.readouterr())
 
 
 def _exit_code(function: Callable[[], None]) -> int:
@@ -292,7 +302,7 @@ def run_process(*arguments: object, cache_dir: Path, prelude: str = "") -> Ran:
         timeout=120,
         check=False,
     )
-    return Ran(done.returncode, done.stdout, done.stderr)
+    return ran(done.returncode, done.stdout, done.stderr)
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -204,7 +204,16 @@ def test_provenance(profile: str, axes: list[int], scan: Path, model: Path, cli:
     assert record["backend"]["precision"] == "fp32"
     assert record["backend"]["threads"] == 1
     assert (record["profile"]["name"], record["profile"]["mirrored_axes"]) == (profile, axes)
-    assert set(record["seconds"]) == {"load", "preprocess", "engine", "infer", "restore", "postprocess", "write"}
+    assert set(record["seconds"]) == {
+        "load",
+        "preprocess",
+        "engine",
+        "infer",
+        "restore",
+        "postprocess",
+        "quality",
+        "write",
+    }
     assert all(seconds >= 0 for seconds in record["seconds"].values())
     assert 0 < record["memory"]["peak_bytes"]
     assert str(tmp_path) not in json.dumps(record)
