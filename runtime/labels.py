@@ -105,7 +105,10 @@ def dseg_tsv(labels: Sequence[Label]) -> str:
 
 def count_voxels(classes: Labels, labels: Sequence[Label]) -> NDArray[np.int64]:
     """Voxels of each class, (C,)."""
-    return np.bincount(classes.ravel(), minlength=len(labels)).astype(np.int64)
+    counts = np.zeros(len(labels), np.int64)
+    for plane in classes:  # bincount makes a copy of eight bytes a voxel
+        counts += np.bincount(plane.ravel(), minlength=len(labels))
+    return counts
 
 
 def structure_voxels(counts: NDArray[np.int64], labels: Sequence[Label]) -> dict[int, int]:

@@ -71,8 +71,8 @@ class CascadeSegmenter:
         with watch.stage("load"):
             scan = open_scan(path)
             memory = self.plan(scan)
-            log.info("memory: %s", memory)
             check_memory(scan, memory, self.options.max_ram)
+            log.info("memory: %s", memory)
             image = read_image(scan)
             shown = picture.to_bytes(image)
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
@@ -87,7 +87,9 @@ class CascadeSegmenter:
         with watch.stage("quality"):
             flags = flagged(scan, self._subject(scan, shown, found, inside))
         seconds = watch.seconds | in_mask.seconds | in_regions.seconds
-        record = self._record(scan, first, second, memory, seconds)
+        held = self._held(scan)
+        planned = max(memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan)
+        record = self._record(scan, first, second, planned, seconds)
         record["mask"] = {"voxels": int(mask.sum()), "mm3": float(mask.sum() * _voxel_mm3(scan)), "crop": _sides(box)}
         return Segmentation(scan, shown, found, self.cascade.labels, flags, seconds, record | quality.record(flags))
 
@@ -102,7 +104,7 @@ class CascadeSegmenter:
         mask, regions = self.mask.plan(scan), self.regions.plan(replace(scan, shape=crop or (i, j, k)))
         return MemoryPlan(
             engine=max(mask.engine, regions.engine),
-            scan=mask.scan + 6 * math.prod(scan.shape),  # the second stage needs the scan and the mask
+            scan=mask.scan + self._held(scan),
             preprocessing=max(mask.preprocessing, regions.preprocessing),
             features=max(mask.features, regions.features),
         )
@@ -110,7 +112,7 @@ class CascadeSegmenter:
     def _find_mask(self, scan: Scan, turned: Turned, watch: Stopwatch, progress: Progress) -> tuple[Run, Mask]:
         with watch.stage("preprocess"):
             prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
-        run = self.mask.run(prepared, watch, lambda done, total: progress(done, 2 * total))
+        run = self.mask.run(scan, prepared, watch, lambda done, total: progress(done, 2 * total), self._held(scan))
         outside = np.array([label.index == 0 for label in self.mask.bundle.labels])
         mask: Mask = ~outside[run.classes]
         if self.cascade.manifest.keep_largest:
@@ -130,30 +132,39 @@ class CascadeSegmenter:
         if not crop.any():
             raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
         check_memory(scan, self.plan(scan, _shape(crop)), self.options.max_ram)
+        cropped = replace(scan, shape=_shape(crop))
         with watch.stage("preprocess"):
             prepared = preprocess(crop, turned.affine, turned.zooms, self.regions.network)
             del crop
-        run = self.regions.run(prepared, watch, progress)
+        run = self.regions.run(cropped, prepared, watch, progress, self._held(scan) + self.mask.plan(scan).scan)
         with watch.stage("paste"):
             classes = paste(run.classes, box, _shape(turned.image))
             if self.cascade.manifest.fill is not None:
                 classes = fill(classes, mask, self.regions.bundle.labels, self.cascade.manifest.fill.number)
         return run, box, classes
 
+    def _held(self, scan: Scan) -> int:
+        """Bytes that stay for the second stage and for the way back: the scan, the mask, and its classes."""
+        return 6 * math.prod(scan.shape)
+
     @contextlib.contextmanager
     def _room(self, stage: Segmenter, scan: Scan, memory: MemoryPlan) -> Iterator[None]:
-        """Close the engine of `stage` afterwards, unless both fit into the memory at once."""
+        """Close the engine of `stage` afterwards, unless both fit into the memory at once.
+
+        Large tiles take what memory there is, and each scan's differ.
+        """
         yield
+        if stage.profile.large_tiles:
+            stage.close()
+            return
         smaller = min(self.mask.plan(scan).engine, self.regions.plan(scan).engine)
         if memory.total + smaller > memory_limit(self.options.max_ram):
             stage.close()
 
-    def _record(
-        self, scan: Scan, first: Run, second: Run, memory: MemoryPlan, seconds: dict[str, float]
-    ) -> dict[str, Any]:
+    def _record(self, scan: Scan, first: Run, second: Run, planned: int, seconds: dict[str, float]) -> dict[str, Any]:
         """The provenance: of the whole, and under `stages` what differs between them."""
-        mask = self.mask.provenance(scan, first, memory, seconds)
-        regions = self.regions.provenance(scan, second, memory, seconds)
+        mask, regions = self.mask.provenance(scan, first, seconds), self.regions.provenance(scan, second, seconds)
+        regions["memory"]["planned_bytes"] = planned
         whole = {"model": {"name": self.cascade.name, "sha256": self.cascade.sha256}}
         common = {key: value for key, value in regions.items() if key not in PER_STAGE}
         stages = {

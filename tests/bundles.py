@@ -28,6 +28,7 @@ from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.bundle import (
     MANIFEST,
     CascadeManifest,
+    GateRow,
     Manifest,
     Network,
     Normalization,
@@ -186,6 +187,26 @@ def tiny_cascade(path: Path, mask: dict[str, Any] | None = None, **changes: Any)
             fill=Label(6, 1, "filled"),
         )
         return write_cascade(path, replace(manifest, **changes), *opened)
+
+
+def gate_row(**changes: Any) -> GateRow:
+    """A row of the gate that passed: OpenVINO, int8, `balanced`."""
+    row = GateRow(
+        backend="openvino",
+        version="2026.4",
+        device="CPU",
+        precision="int8",
+        profile="balanced",
+        processor="a processor",
+        scans=2,
+        seconds=1.5,
+        agreement=0.987,
+        dice=0.7,
+        reference_dice=0.701,
+        drop=0.01,
+        worst="structure 3",
+    )
+    return replace(row, **changes)
 
 
 def edit_manifest(folder: Path, **changes: Any) -> Path:

@@ -152,7 +152,9 @@ def test_engines_are_kept_only_where_both_fit(model: Path, scan: Path, monkeypat
     closed = []
     monkeypatch.setattr(Segmenter, "close", lambda self: closed.append(self))
     with CascadeSegmenter(Cascade(model), CPU) as segmenter:
-        planned = segmenter.plan(segmenter.segment(scan).scan)
+        planned = segmenter.plan(segmenter.segment(scan).scan)  # opens the engines, after closing what there was
+        closed.clear()
+        segmenter.segment(scan)
         assert closed == []
         monkeypatch.setattr("edgemuse.runtime.stages.memory_limit", lambda max_ram: planned.total)
         segmenter.segment(scan)
@@ -214,3 +216,25 @@ def test_a_damaged_stage(tmp_path: Path) -> None:
     assert snapshot(model).keys() == before.keys()
     with pytest.raises(BundleError, match="checksum"):
         open_model(model).verify()
+
+
+def test_one_tile_a_stage_where_memory_allows(model: Path, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profile `fast`: the tile fits the crop, so no engine is kept for the next scan."""
+    closed = []
+    close = Segmenter.close
+    monkeypatch.setattr(Segmenter, "close", lambda self: (closed.append(self), close(self)))
+    with CascadeSegmenter(Cascade(model), Options("fast", EngineOptions("openvino", "fp32"))) as segmenter:
+        found = segmenter.segment(scan)
+        assert {segmenter.mask, segmenter.regions} <= set(closed)
+    assert [found.provenance["stages"][role]["profile"]["tiles"] for role in ("mask", "regions")] == [1, 1]
+    balanced = segment(model, scan, Options("balanced", EngineOptions("openvino", "fp32")))
+    assert (found.classes == balanced.classes).mean() > 0.98
+
+
+def test_no_more_memory_than_allowed_is_planned_for_large_tiles(model: Path, scan: Path) -> None:
+    with CascadeSegmenter(Cascade(model), Options("fast", EngineOptions("openvino", "fp32"))) as segmenter:
+        least = segmenter.plan(segmenter.segment(scan).scan).total
+    for spare in (1.05, 1.5):
+        limit = least * spare
+        options = Options("fast", EngineOptions("openvino", "fp32"), max_ram=limit / 2**30)
+        assert segment(model, scan, options).provenance["memory"]["planned_bytes"] <= limit
