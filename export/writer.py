@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.bundle import MANIFEST, Bundle, Head, Manifest, open_bundle
+from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, CascadeManifest, Head, Manifest, open_model
 
 HEAD = "head.npz"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -53,8 +53,25 @@ def check_replaceable(bundle: Bundle) -> None:
 
 def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     """Write a bundle, a zip file if `output` ends with `.zip`, else a directory; raises OutputError or BundleError."""
+    return _write_whole(output, _contents(manifest, files))
+
+
+def write_cascade(output: Path, manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> Path:
+    """Write a cascade of two bundles, a zip file or a directory as above; `manifest` names their SHA-256."""
+    files = {CASCADE: manifest.to_json().encode()}
+    for role, bundle in (("mask", mask), ("regions", regions)):
+        files[f"{role}/{MANIFEST}"] = bundle.manifest_bytes
+        files |= {f"{role}/{name}": bundle.read(name) for name in bundle.manifest.files}
+    return _write_whole(output, files)
+
+
+def _contents(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {MANIFEST: manifest.to_json().encode(), **files}
+
+
+def _write_whole(output: Path, whole: Mapping[str, bytes]) -> Path:
     check_output(output)
-    with _staged(output, manifest, files, zipped=output.suffix.lower() == ".zip") as staged:
+    with _staged(output, whole, zipped=output.suffix.lower() == ".zip") as staged:
         check_output(output)
         staged.rename(output)
     return output
@@ -66,7 +83,7 @@ def replace_bundle(bundle: Bundle, manifest: Manifest, files: Mapping[str, bytes
     path = bundle.path
     zipped = path.is_file()
     bundle.close()
-    with _staged(path, manifest, files, zipped) as staged:
+    with _staged(path, _contents(manifest, files), zipped) as staged:
         if zipped:
             os.replace(staged, path)
             return path
@@ -82,14 +99,13 @@ def replace_bundle(bundle: Bundle, manifest: Manifest, files: Mapping[str, bytes
 
 
 @contextlib.contextmanager
-def _staged(output: Path, manifest: Manifest, files: Mapping[str, bytes], zipped: bool) -> Iterator[Path]:
+def _staged(output: Path, whole: Mapping[str, bytes], zipped: bool) -> Iterator[Path]:
     """A bundle that was written and checked, in a folder beside `output` that goes away afterwards."""
     stage = output.parent / f".{output.name}.tmp-{secrets.token_hex(4)}"
-    whole = {MANIFEST: manifest.to_json().encode(), **files}
     try:
         stage.mkdir()
         bundle = (_write_zip if zipped else _write_folder)(stage / output.name, whole)
-        written = open_bundle(bundle)
+        written = open_model(bundle)
         written.verify()
         written.close()
         yield bundle
@@ -102,6 +118,7 @@ def _staged(output: Path, manifest: Manifest, files: Mapping[str, bytes], zipped
 def _write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     path.mkdir()
     for name, data in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(data)
     return path
 

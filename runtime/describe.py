@@ -6,9 +6,28 @@ from collections.abc import Sequence
 
 from edgemuse.engines.hardware import available_memory, machine
 from edgemuse.engines.registry import Status, statuses
-from edgemuse.runtime.bundle import Bundle, GateRow
+from edgemuse.runtime.bundle import Bundle, Cascade, GateRow
 from edgemuse.runtime.labels import by_index
 from edgemuse.runtime.memory import gib
+
+
+def describe_model(model: Bundle | Cascade) -> str:
+    """A bundle, or a cascade and then both of its bundles."""
+    if isinstance(model, Bundle):
+        return describe_bundle(model)
+    manifest, fill = model.manifest, model.manifest.fill
+    filled = "stays background" if fill is None else f"becomes {fill.index} {fill.name} inside the mask"
+    lines = [
+        f"{model.name}  (licence: {manifest.license or 'not recorded'})",
+        f"  stages        mask: {model.mask.name}, then regions: {model.regions.name} inside it",
+        f"  orientation   {manifest.orientation}",
+        f"  crop          box of the mask, {manifest.padding_percent} % wider on each side",
+        f"  mask          {'its largest component' if manifest.keep_largest else 'as found'}",
+        f"  no label      {filled}",
+        f"  bundle SHA-256 {model.sha256}",
+        *(f"stage {role}\n{describe_bundle(getattr(model, role))}" for role in model.STAGES),
+    ]
+    return "\n".join(lines)
 
 
 def describe_bundle(bundle: Bundle) -> str:

@@ -25,18 +25,20 @@ from edgemuse.engines.errors import BundleError
 from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
 from edgemuse.engines.protocol import Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
-from edgemuse.runtime import outputs, picture
-from edgemuse.runtime.bundle import Bundle, Network, open_bundle
+from edgemuse.runtime import outputs, picture, quality
+from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
-from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
+from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
+from edgemuse.runtime.muse import is_muse
 from edgemuse.runtime.postprocess import remove_islands
 from edgemuse.runtime.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
+from edgemuse.runtime.quality import Flag, Subject
 from edgemuse.runtime.resample import output_matrices
-from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image
+from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image, scan_stem
 from edgemuse.runtime.tiles import (
     MOST_VALUES,
     TilePlan,
@@ -47,6 +49,7 @@ from edgemuse.runtime.tiles import (
     plan_tiles,
 )
 from edgemuse.runtime.types import Features, Labels, Shape
+from edgemuse.runtime.volumes import dlmuse_csv, volumes_tsv
 
 log = logging.getLogger("edgemuse")
 
@@ -72,6 +75,8 @@ class Segmentation:
         scan: what was segmented.
         shown: (i, j, k) its intensities as grey values, for pictures.
         classes: (i, j, k) class numbers.
+        labels: of the classes.
+        flags: why the result should be looked at before it is used.
         seconds: of each stage.
         provenance: how it was made.
     """
@@ -79,8 +84,24 @@ class Segmentation:
     scan: Scan
     shown: NDArray[np.uint8]
     classes: Labels
+    labels: tuple[Label, ...]
+    flags: tuple[Flag, ...]
     seconds: dict[str, float]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one network gave.
+
+    `classes`: (i, j, k) on the grid that was prepared; `removed`: voxels changed by removing islands.
+    """
+
+    classes: Labels
+    plan: TilePlan
+    engine: Engine
+    memory: MemoryPlan
+    removed: int
 
 
 def default_cache_dir() -> Path:
@@ -110,7 +131,7 @@ class Segmenter:
         self.close()
 
     def close(self) -> None:
-        """Free the engine."""
+        """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -131,7 +152,24 @@ class Segmenter:
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
             del image
-            plan, memory = self._tiles(scan, _shape(prepared))
+        run = self.run(scan, prepared, watch, progress)
+        del prepared
+        with watch.stage("quality"):
+            subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
+            flags = flagged(scan, subject)
+        provenance = self.provenance(scan, run, watch.seconds) | quality.record(flags)
+        return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
+
+    def run(
+        self,
+        scan: Scan,
+        prepared: Prepared,
+        watch: Stopwatch,
+        progress: Callable[[int, int], None],
+        held: int = 0,
+    ) -> Run:
+        """From the network's input, made of `scan`, to classes on its grid. `held`: bytes taken by other things."""
+        plan, memory = self._tiles(scan, _shape(prepared), held)
         with watch.stage("engine"):
             engine = self.engine(plan.patch)
         with watch.stage("infer"):
@@ -142,20 +180,18 @@ class Segmenter:
         if self.options.postprocess:
             with watch.stage("postprocess"):
                 removed = remove_islands(restored, self.bundle.manifest.labels)
-        provenance = self._provenance(scan, plan, engine, memory, watch.seconds)
-        provenance["postprocess"] = {"done": self.options.postprocess, "voxels_changed": removed}
-        return Segmentation(scan, shown, restored, watch.seconds, provenance)
+        return Run(restored, plan, engine, memory, removed)
 
     def plan(self, scan: Scan, tiles: TilePlan | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
         return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles)
 
-    def _tiles(self, scan: Scan, shape: Shape) -> tuple[TilePlan, MemoryPlan]:
+    def _tiles(self, scan: Scan, shape: Shape, held: int) -> tuple[TilePlan, MemoryPlan]:
         """The tiles for an image of `shape`, and the memory they take: patches, or the largest tiles that fit."""
         if not self.profile.large_tiles:
             return plan_tiles(shape, self.network.patch, self.profile.step), self.plan(scan)
-        limit = memory_limit(self.options.max_ram)
+        limit = memory_limit(self.options.max_ram) - held
         for tiles in largest_tiles(shape, self.network.patch, self.network.stride):
             memory = self.plan(scan, tiles)
             if memory.total <= limit and math.prod(tiles.patch) * self.network.channels_out <= MOST_VALUES:
@@ -201,9 +237,9 @@ class Segmenter:
             )
         return np.ascontiguousarray(np.moveaxis(features[0], 0, -1))
 
-    def _provenance(
-        self, scan: Scan, plan: TilePlan, engine: Engine, memory: MemoryPlan, seconds: dict[str, float]
-    ) -> dict[str, Any]:
+    def provenance(self, scan: Scan, run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+        """How `run` was made of `scan`, for people and for making it again."""
+        plan, engine = run.plan, run.engine
         mirrored_axes = list(self.network.mirror_axes) if self.profile.mirror else []
         return {
             "edgemuse": version("edgemuse"),
@@ -229,51 +265,67 @@ class Segmenter:
                 "tile": plan.patch,
                 "mirrored_axes": mirrored_axes,
             },
+            "postprocess": {"done": self.options.postprocess, "voxels_changed": run.removed},
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("numpy", "scipy", "nibabel")},
             "machine": machine(),
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
-            "memory": {"planned_bytes": memory.total, "peak_bytes": peak_memory()},
+            "memory": {"planned_bytes": run.memory.total, "peak_bytes": peak_memory()},
         }
 
 
 class Stopwatch:
-    """Seconds of each stage, logged as they end."""
+    """Seconds of each stage, logged as they end; `prefix` stands before every name."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.seconds = prefix, dict[str, float]()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block under `name`."""
-        start = time.perf_counter()
+        name, start = self.prefix + name, time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
         log.info("%s: %.2f s", name, self.seconds[name])
 
 
+def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
+    """Why the result for `scan` should be looked at; says so in the log as well."""
+    flags = quality.assess(subject)
+    if flags:
+        log.warning("%s: look at this result: %s", scan.path, quality.summary(flags))
+    return flags
+
+
 def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
-    """Segment one scan with the bundle at `bundle`. For several scans keep a `Segmenter`."""
-    with Segmenter(open_bundle(bundle), options or Options()) as segmenter:
+    """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
+    from edgemuse.runtime.stages import open_segmenter  # which is made of what stands here
+
+    with open_segmenter(bundle, options or Options()) as segmenter:
         return segmenter.segment(path)
 
 
-def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture: bool = True) -> list[Path]:
+def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -> list[Path]:
     """Write the label map, its legend, the volumes, the provenance and a picture into `folder`; returns their paths."""
-    labels, scan = bundle.manifest.labels, segmentation.scan
+    labels, scan = segmentation.labels, segmentation.scan
     start = time.perf_counter()
     counts = count_voxels(segmentation.classes, labels)
     voxel_mm3 = float(abs(np.linalg.det(scan.affine[:3, :3])))
     contents = {
         "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
         "dseg.tsv": dseg_tsv(labels).encode(),
-        "volumes.csv": volumes_csv(counts, labels, voxel_mm3).encode(),
+        "volumes.tsv": volumes_tsv(structure_voxels(counts, labels), labels, voxel_mm3).encode(),
     }
+    if is_muse(labels):
+        table = dlmuse_csv(scan_stem(scan.path), structure_voxels(counts, labels), voxel_mm3)
+        contents[outputs.DLMUSE_CSV] = table.encode()
     if with_picture:
         found = sum(1 for label in labels if label.index and counts[label.number])
         litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6
-        caption = f"{scan.path.name}   {bundle.manifest.name}   {found} structures   {litres:.2f} l"
-        contents["qc.png"] = picture.picture(segmentation.shown, segmentation.classes, scan.affine, labels, caption)
+        caption = f"{scan.path.name}   {segmentation.provenance['model']['name']}   {found} structures   {litres:.2f} l"
+        names = [flag.name for flag in segmentation.flags]
+        shown, classes = segmentation.shown, segmentation.classes
+        contents["qc.png"] = picture.picture(shown, classes, scan.affine, labels, caption, names)
     seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
     provenance = segmentation.provenance | {"seconds": seconds}
     contents["provenance.json"] = (json.dumps(provenance, indent=2) + "\n").encode()
