@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgemuse.runtime.pipeline import Options, Segmenter
 
 LAZY_COMMANDS = {
+    "build": ("edgemuse.runtime.build", "build", "Compile a bundle's engines ahead of time."),
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
@@ -85,7 +86,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "openvino", "onnxruntime"]),
+    type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
     default="auto",
     show_default=True,
     help="auto: the first that works, see 'devices'.",

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -21,6 +21,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import BackendError, BundleError
+from edgemuse.engines.fallback import open_with_fallback
 from edgemuse.engines.hardware import machine, peak_memory
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import choose, open_engine
@@ -83,7 +84,8 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        self.bundle, self.options = bundle, replace(options, engine=choose(options.engine)[1])
+        choose(options.engine)  # raises now, not after the first scan was read, if there is no such engine
+        self.bundle, self.options = bundle, options
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -141,8 +143,7 @@ class Segmenter:
     def engine(self) -> Engine:
         """The engine for one patch, opened on first use."""
         if self._engine is None:
-            shape = (1, 1, *self.network.patch)
-            self._engine = open_engine(self.bundle.graph("fp32"), shape, self.options.engine)
+            self._engine = open_with_fallback(self._open, self.options.engine)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -151,6 +152,9 @@ class Segmenter:
                 self._engine.precision,
             )
         return self._engine
+
+    def _open(self, options: EngineOptions) -> Engine:
+        return open_engine(self.bundle.graph("fp32"), (1, 1, *self.network.patch), options)
 
     def _classes(
         self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
@@ -193,6 +197,7 @@ class Segmenter:
                 "device": engine.device,
                 "precision": engine.precision,
                 "threads": self.options.engine.threads,
+                "instead_of": getattr(engine, "fallback", ""),
             },
             "profile": {
                 "name": self.options.profile,
