@@ -170,9 +170,7 @@ class TensorRTEngine:
         network.get_input(0).shape = self._shape
         found = _precision(network)
         if found != self.precision:
-            raise BackendError(
-                f"the graph is {found}, and TensorRT runs a graph as it is; {self.precision} was asked for"
-            )
+            raise BackendError(f"TensorRT runs a graph as it is: this one is {found}, {self.precision} was asked for")
 
     def _start(self, blob: bytes) -> str:
         """Make the engine ready to run. Returns why TensorRT refuses it, or nothing; raises if the GPU fails."""
