@@ -8,9 +8,12 @@ are made for the GPU, driver and system that it finds.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ try:
 except ModuleNotFoundError:
     import tensorrt as trt
 
+from edgemuse.engines import cache
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 from edgemuse.engines.tensorrt_cuda import Stream, find_gpu, pinned
@@ -117,6 +121,7 @@ class TensorRTEngine:
         self._shape = shape
         self._ahead = capability is not None
         self._place = _place(capability)
+        self._cache_dir = options.cache_dir
         self._target = _target(self._place["compute_capability"])
         self._session: _Session | None = None
 
@@ -183,7 +188,8 @@ class TensorRTEngine:
             if engine is None:
                 return messages.reason()
             self.close()
-            self._session = _Session(runtime, engine, messages)
+            kernels = _Kernels(blob, self._cache_dir) if LIBRARY == "tensorrt_rtx" else None
+            self._session = _Session(runtime, engine, messages, kernels)
         return ""
 
     def infer(self, batch: Batch) -> Batch:
@@ -204,11 +210,13 @@ class TensorRTEngine:
 class _Session:
     """An engine's context with its buffers: page-locked here, their twins on the GPU."""
 
-    def __init__(self, runtime: Any, engine: Any, messages: _Messages) -> None:
+    def __init__(self, runtime: Any, engine: Any, messages: _Messages, kernels: _Kernels | None) -> None:
         self._runtime, self._engine, self._messages = runtime, engine, messages  # they must outlive the context
+        self._kernels = kernels
+        self._has_run = False
         self._stream = Stream()
         try:
-            self._context = engine.create_execution_context()
+            self._context = kernels.context(engine) if kernels else engine.create_execution_context()
             if self._context is None:
                 raise BackendError(f"TensorRT cannot make the engine ready: {messages.reason()}")
             names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -234,13 +242,48 @@ class _Session:
             raise BackendError(f"TensorRT failed while running the network: {self._messages.reason()}")
         self._stream.download(self._output_address, self._output)
         self._stream.wait()
+        self._has_run = True
         features: Batch = self._output.astype(np.float32, copy=False)
         return features
 
     def close(self) -> None:
         """Free the context before the memory that it was given."""
+        if self._kernels and self._has_run:
+            self._kernels.keep()
         self._context = None
         self._stream.close()
+
+
+class _Kernels:
+    """What TensorRT-RTX compiles for the GPU when an engine first runs, kept beside the engines in `folder`.
+
+    TensorRT-RTX itself refuses what is kept if GPU, driver or version have changed.
+    """
+
+    def __init__(self, blob: bytes, folder: Path | None) -> None:
+        self._folder = folder
+        key = cache.cache_key({"engine": hashlib.sha256(blob).hexdigest(), **asdict(find_gpu())})
+        self._key = f"{key}.kernels"
+        self._before = cache.load(folder, self._key) if folder else None
+        self._cache: Any = None
+
+    def context(self, engine: Any) -> Any:
+        """An execution context that starts from what is kept."""
+        config = engine.create_runtime_config()
+        self._cache = config.create_runtime_cache()
+        if self._before and not self._cache.deserialize(self._before):
+            log.info("kernels of an earlier run are not usable; compiling again")
+        config.set_runtime_cache(self._cache)
+        return engine.create_execution_context(runtime_config=config)
+
+    def keep(self) -> None:
+        """Write what was compiled, if that is more than was read."""
+        if self._folder is None:
+            return
+        with contextlib.suppress(RuntimeError, TypeError, OSError):  # only the next start would be slower
+            found = bytes(self._cache.serialize())
+            if found != self._before:
+                cache.save(self._folder, self._key, found)
 
 
 class _Messages(trt.ILogger):  # type: ignore[misc]  # trt is Any to mypy

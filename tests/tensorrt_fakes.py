@@ -46,6 +46,7 @@ class Machine:
         failing: functions of CUDA that fail, and with what.
         complaint: what TensorRT says while it fails to make, load or run an engine, by what it fails at.
         invalid: what TensorRT-RTX finds wrong with an engine before it loads it.
+        stale: TensorRT-RTX refuses the kernels that were kept.
         calls: what was done, in order; for a piece of memory, its size too.
         memory, pinned: what is allocated now, by address.
     """
@@ -56,6 +57,7 @@ class Machine:
     failing: dict[str, Status] = field(default_factory=dict)
     complaint: dict[str, str] = field(default_factory=dict)
     invalid: int = 0
+    stale: bool = False
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     memory: dict[int, Any] = field(default_factory=dict)
     pinned: dict[int, Any] = field(default_factory=dict)
@@ -101,8 +103,9 @@ class FakeCUDA(ModuleType):
         return Status.cudaSuccess, SimpleNamespace(name=name, major=major, minor=minor)
 
     def cudaStreamCreate(self) -> Any:
-        self._machine.streams.add(7)
-        return Status.cudaSuccess, 7
+        handle = max(self._machine.streams, default=6) + 1
+        self._machine.streams.add(handle)
+        return Status.cudaSuccess, handle
 
     def cudaStreamDestroy(self, stream: int) -> Any:
         self._machine.streams.remove(stream)
@@ -348,16 +351,55 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> Any:
         return DTYPES[self.values[name].type.tensor_type.elem_type]
 
-    def create_execution_context(self) -> Any:
+    def create_runtime_config(self) -> Any:
+        assert self.library.__name__ == "tensorrt_rtx"
+        return RuntimeConfig(self.machine)
+
+    def create_execution_context(self, runtime_config: RuntimeConfig | None = None) -> Any:
+        assert (runtime_config is not None) == (self.library.__name__ == "tensorrt_rtx")
         if "context" in self.machine.complaint:
             self.logger.log(Logger.Severity.ERROR, self.machine.complaint["context"])
             return None
-        return Context(self)
+        return Context(self, runtime_config.cache if runtime_config else None)
+
+
+class RuntimeConfig:
+    cache: RuntimeCache | None = None
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self._machine)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """Kernels are compiled when a network runs for the first time, and taken back for the same GPU only."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine, self.kernels = machine, b""
+
+    def compile(self) -> None:
+        if not self.kernels:
+            self._machine.calls.append(("compile",))
+            self.kernels = b"kernels for " + self._machine.name.encode()
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+    def deserialize(self, blob: bytes) -> bool:
+        fits = blob.endswith(self._machine.name.encode()) and not self._machine.stale
+        self.kernels = blob if fits else b""
+        return fits
 
 
 class Context:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, cache: RuntimeCache | None) -> None:
+        self._engine, self._cache = engine, cache
         self._addresses: dict[str, int] = {}
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -373,6 +415,8 @@ class Context:
         if "run" in machine.complaint:
             self._engine.logger.log(Logger.Severity.ERROR, machine.complaint["run"])
             return False
+        if self._cache is not None:
+            self._cache.compile()
         machine.calls.append(("run",))
         machine.queue.append(self._run)
         return True

@@ -81,6 +81,7 @@ def test_it_computes_what_it_should(machine: Machine) -> None:
 def test_each_step_waits_for_the_one_before(machine: Machine) -> None:
     """One stream: upload, run, download, and only then is the result read."""
     engine = opened()
+    engine.infer(batch())
     taken = sorted(call for call in machine.calls if call[0] in ("malloc", "pin"))
     assert taken == [(what, size) for what in ("malloc", "pin") for size in (INPUT_BYTES, OUTPUT_BYTES)]
     machine.calls.clear()
@@ -199,7 +200,7 @@ def test_cache_knows_what_an_engine_is_bound_to(
     opened(options).close()
     if again is None:
         again = request.node.callspec.params["machine"][0] == "tensorrt_rtx"
-    assert len(list(tmp_path.iterdir())) == (1 if again else 2)
+    assert [call[0] for call in machine.calls].count("build") == len(list(tmp_path.iterdir())) == (1 if again else 2)
 
 
 @plain
@@ -209,6 +210,38 @@ def test_cache_knows_the_system(machine: Machine, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("platform.system", lambda: "Plan 9")
     opened(options).close()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@rtx
+def test_kernels_are_compiled_once(machine: Machine, tmp_path: Path) -> None:
+    """The first run of a process takes what an earlier process compiled, unless the library refuses it."""
+
+    def compiled(**changes: Any) -> int:
+        machine.calls.clear()
+        for name, value in changes.items():
+            setattr(machine, name, value)
+        engine = opened(EngineOptions("tensorrt", cache_dir=tmp_path))
+        for seed in (0, 1):
+            assert np.abs(engine.infer(batch(seed)) - wanted(batch(seed))).max() < 1e-5
+        engine.close()
+        return machine.calls.count(("compile",))
+
+    assert [compiled(), compiled()] == [1, 0]
+    assert [compiled(name="RTX 4090"), compiled()] == [1, 0]
+    assert [compiled(driver=13010), compiled()] == [1, 0]
+    assert compiled(stale=True) == 1
+    assert len(list(tmp_path.iterdir())) == 1 + 3  # the engine, and kernels for each GPU and driver
+
+
+def test_without_a_folder_no_kernels_are_kept(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        engine = opened()
+        engine.infer(batch())
+        engine.close()
+    assert machine.calls.count(("compile",)) == 2
 
 
 UNLOADABLE = {
@@ -281,7 +314,7 @@ def test_file_that_is_no_engine_is_built_anew(
 ) -> None:
     def spoil() -> None:
         (entry,) = tmp_path.iterdir()
-        cache.store(tmp_path, entry.stem, b"not an engine")
+        cache.store(tmp_path, entry.stem, b"not an engine" * 10)
 
     assert "not usable" in rebuilt(machine, tmp_path, caplog, spoil)
 
@@ -404,6 +437,12 @@ NAMES = {
         *("Runtime.deserialize_cuda_engine", "ICudaEngine.create_execution_context", "ICudaEngine.get_tensor_mode"),
         *("ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_shape", "ICudaEngine.num_io_tensors"),
         *("IExecutionContext.execute_async_v3", "IExecutionContext.set_tensor_address"),
+        *(
+            "ICudaEngine.create_runtime_config",
+            "IRuntimeConfig.create_runtime_cache",
+            "IRuntimeConfig.set_runtime_cache",
+        ),
+        *("IRuntimeCache.serialize", "IRuntimeCache.deserialize"),
         *("IBuilderConfig.set_compute_capability", "IBuilderConfig.progress_monitor"),
     ),
     "cuda.bindings.runtime": tuple(name for name in vars(FakeCUDA) if name.startswith("cuda"))
