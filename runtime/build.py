@@ -82,7 +82,8 @@ def build(
         what = f"{precision} for {capability or 'this machine'}"
         try:
             with _progress(f"{what} ({number} of {len(jobs)})") as progress:
-                click.echo(_build(bundle, replace(options, precision=precision), folder, capability, progress))
+                line = _build(bundle, replace(options, precision=precision), folder, capability, progress)
+            click.echo(line)
         except BackendError as error:
             if len(jobs) == 1:
                 raise

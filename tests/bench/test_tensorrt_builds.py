@@ -24,9 +24,8 @@ from edgemuse.runtime.bundle import open_bundle
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CONVERT: dict[str, Callable[[bytes], bytes]] = {"fp32": bytes, "fp16": to_fp16, "int8": to_int8}
-MALFORMED = int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE) | int(
-    trt.EngineInvalidityDiagnostics.VERSION_MISMATCH
-)
+DIAGNOSTICS = trt.EngineInvalidityDiagnostics
+FOREIGN = int(DIAGNOSTICS.MALFORMED_ENGINE) | int(DIAGNOSTICS.VERSION_MISMATCH)
 
 pytestmark = pytest.mark.slow
 
