@@ -131,6 +131,7 @@ class TensorRTEngine:
 
     def build(self, graph: bytes, keep: bool) -> bytes:
         """Compile the ONNX `graph` and return the engine, or nothing unless it is to be kept."""
+        log.info("building a TensorRT engine; 'edgemuse build' does it beforehand")
         blob = self._compile(graph)
         if not self._ahead:
             reason = self._start(blob)
@@ -250,7 +251,7 @@ class _Session:
         """Free the context before the memory that it was given."""
         if self._kernels and self._has_run:
             self._kernels.keep()
-        self._context = None
+        self._context = self._engine = self._runtime = None
         self._stream.close()
 
 
@@ -265,16 +266,17 @@ class _Kernels:
         key = cache.cache_key({"engine": hashlib.sha256(blob).hexdigest(), **asdict(find_gpu())})
         self._key = f"{key}.kernels"
         self._before = cache.load(folder, self._key) if folder else None
+        self._config: Any = None
         self._cache: Any = None
 
     def context(self, engine: Any) -> Any:
         """An execution context that starts from what is kept."""
-        config = engine.create_runtime_config()
-        self._cache = config.create_runtime_cache()
+        self._config = engine.create_runtime_config()
+        self._cache = self._config.create_runtime_cache()
         if self._before and not self._cache.deserialize(self._before):
             log.info("kernels of an earlier run are not usable; compiling again")
-        config.set_runtime_cache(self._cache)
-        return engine.create_execution_context(runtime_config=config)
+        self._config.set_runtime_cache(self._cache)
+        return engine.create_execution_context(runtime_config=self._config)
 
     def keep(self) -> None:
         """Write what was compiled, if that is more than was read."""

@@ -63,6 +63,7 @@ def build(
       edgemuse build dlmuse.bundle --compute-capability 8.6 -o engines
       EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz -m dlmuse.bundle -o out
     """  # noqa: D301  # \b keeps click from wrapping the example
+    from edgemuse.engines.protocol import EngineOptions
     from edgemuse.runtime.builtin import BUILT_IN
     from edgemuse.runtime.bundle import open_bundle
     from edgemuse.runtime.pipeline import default_cache_dir
@@ -71,7 +72,7 @@ def build(
         raise click.UsageError(f"{backend} does not build for GPUs; --compute-capability is for tensorrt.")
     bundle = open_bundle(model or BUILT_IN)
     folder = output or default_cache_dir()
-    options = _options("tensorrt" if capabilities else backend)
+    options = EngineOptions("tensorrt" if capabilities else backend)
     jobs = [
         (precision, capability)
         for precision in precisions or _stored(bundle, options, bool(capabilities))
@@ -91,12 +92,6 @@ def build(
             click.echo(f"edgemuse: {error}", err=True)
     if failed:
         raise BackendError(f"{failed} of {len(jobs)} engines not built")
-
-
-def _options(backend: str) -> EngineOptions:
-    from edgemuse.engines.protocol import EngineOptions
-
-    return EngineOptions(backend)
 
 
 def _stored(bundle: Bundle, options: EngineOptions, ahead: bool) -> list[str]:
@@ -140,5 +135,7 @@ def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda phase, done, total: None
         return
-    yield lambda phase, done, total: click.echo(f"\r\033[K  {phase} {done}/{total}", err=True, nl=False)
-    click.echo("\r\033[K", err=True, nl=False)
+    try:
+        yield lambda phase, done, total: click.echo(f"\r\033[K  {phase} {done}/{total}", err=True, nl=False)
+    finally:
+        click.echo("\r\033[K", err=True, nl=False)

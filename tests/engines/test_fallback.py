@@ -98,3 +98,5 @@ def test_cpu_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(machine, "run", lambda *_: (_ for _ in ()).throw(BackendError("the CPU fails too")))
     with pytest.raises(BackendError, match=r"^the CPU fails too$"):
         engine.infer(TILE)
+    assert machine.closed == ["GPU"]
+    assert "the GPU is lost" in engine.fallback  # type: ignore[attr-defined]
