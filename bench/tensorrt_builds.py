@@ -264,12 +264,12 @@ def main(shared: Path, output: Path) -> None:
                 ok &= found.get("peak", 0) < MEMORY_LIMIT and ("path" in found or " 7.5 " in row)
         said = list(mismatches(network))
     machine = f"tensorrt_rtx {tensorrt_rtx.__version__}, {cpu_name()}, {cpu_cores()} cores, no GPU."
-    lines += ["", f"{machine} One process a build. Other work was running: the seconds are no measure of speed.", ""]
+    lines += ["", f"{machine} One process a build; its seconds depend on what else runs.", ""]
     lines += ["## What edgemuse says", "", "| what does not fit | message |", "|---|---|"]
     lines += [f"| {what} | {message.replace('|', '/')} |" for what, message in said]
     lines += [
         "",
-        "What TensorRT itself says of an engine that does not load or run is put into words. Loading needs a GPU, so these were tried over fakes only:",
+        "What TensorRT says of an engine that does not load or run, tried over fakes:",
         "",
     ]
     lines += ["| TensorRT says | edgemuse says |", "|---|---|", *loading_rows(), ""]
