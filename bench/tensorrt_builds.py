@@ -22,7 +22,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgemuse.bench.precisions import to_fp16, to_int8
+from edgemuse.bench.uncalibrated import to_int8
+from edgemuse.calibration.half import half_precision
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
 from edgemuse.engines.protocol import EngineOptions, TileShape
@@ -34,9 +35,9 @@ from edgemuse.runtime.types import Shape
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
 GRAPHS: dict[str, Callable[[bytes], bytes]] = {
     "fp32": bytes,
-    "fp16": to_fp16,
+    "fp16": half_precision,
     "int8": to_int8,
-    "int8, else fp16": lambda graph: to_int8(to_fp16(graph)),
+    "int8, else fp16": lambda graph: to_int8(half_precision(graph)),
 }
 MEMORY_LIMIT = 4e9
 CHILD = """

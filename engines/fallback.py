@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.engines.errors import BackendError, EdgemuseError
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
-from edgemuse.engines.registry import choose
 
 log = logging.getLogger("edgemuse")
 
 Open = Callable[[EngineOptions], Engine]
 """Opens an engine for definite options."""
+Spare = Callable[[str], EngineOptions]
+"""Told why the GPU failed, names the engine on the CPU that takes over."""
 
 
-def open_with_fallback(open_engine: Open, options: EngineOptions) -> Engine:
-    """Open what `options` name, or choose; what was chosen, not named, and is no CPU, is replaced by one if it fails.
+def open_with_fallback(open_engine: Open, first: EngineOptions, spare: Spare | None) -> Engine:
+    """Open `first`; if it fails, now or while it runs, `spare` takes over. Without `spare` its failure is an error.
 
-    Raises BackendError where the engine was named, or where the CPU fails as well.
+    Raises BackendError where the engine fails and nothing takes over, or where the CPU fails as well.
     """
-    chosen = choose(options)[1]
-    if chosen.device == "CPU" or (options.backend, options.device) != ("auto", "auto"):
-        return open_engine(chosen)
-    return FallbackEngine(open_engine, chosen, replace(options, device="CPU"))
+    return open_engine(first) if spare is None else FallbackEngine(open_engine, first, spare)
 
 
 class FallbackEngine:
-    """An engine that is replaced by one on the CPU the first time it fails. `fallback` says why, or is empty."""
+    """An engine that is replaced by one on the CPU the first time it fails."""
 
-    def __init__(self, open_engine: Open, first: EngineOptions, spare: EngineOptions) -> None:
-        self._open, self._spare = open_engine, spare
-        self.fallback = ""
+    def __init__(self, open_engine: Open, first: EngineOptions, spare: Spare) -> None:
+        self._open = open_engine
+        self._spare: Spare | None = spare
         try:
             self._use(open_engine(first))
         except BackendError as error:
-            self._replace(f"{first.backend}: {error}", error)
+            self._replace(spare, f"{first.backend}: {error}", error)
 
     def _use(self, engine: Engine) -> None:
         self._engine = engine
@@ -48,19 +45,18 @@ class FallbackEngine:
         try:
             return self._engine.infer(batch)
         except BackendError as error:
-            if self.fallback:
+            if self._spare is None:
                 raise
-            reason = f"{self._engine.backend}: {error}"
             self._engine.close()
-            self._replace(reason, error)
+            self._replace(self._spare, f"{self.backend}: {error}", error)
         return self._engine.infer(batch)
 
-    def _replace(self, reason: str, error: BackendError) -> None:
-        self.fallback = reason
+    def _replace(self, spare: Spare, reason: str, error: BackendError) -> None:
+        self._spare = None
         log.warning("%s; going on with the CPU", reason)
         try:
-            self._use(self._open(choose(self._spare)[1]))
-        except BackendError as second:
+            self._use(self._open(spare(reason)))
+        except EdgemuseError as second:
             raise BackendError(f"{reason}; and the CPU cannot take over: {second}") from error
 
     def close(self) -> None:

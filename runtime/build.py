@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from edgemuse.engines.protocol import EngineOptions
     from edgemuse.runtime.bundle import Bundle
 
-GRAPHS = {"bf16": "fp32"}
-"""Precisions whose graph is another one's."""
-
 
 def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
@@ -115,9 +112,10 @@ def _build(
 ) -> str:
     """Build one engine; returns the line that describes it."""
     from edgemuse.engines.registry import build_engine
+    from edgemuse.runtime.precision import stored_precision
 
     start = time.perf_counter()
-    graph = bundle.graph(GRAPHS.get(options.precision, options.precision))
+    graph = bundle.graph(stored_precision(options.precision))
     shape = (1, 1, *bundle.manifest.network.patch)
     try:
         path = build_engine(graph, shape, options, folder, capability, progress)

@@ -14,10 +14,10 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,11 @@ READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.Ba
 """What reading from a folder, a damaged zip or a damaged array can raise; NotImplementedError is a RuntimeError."""
 SPACING_RANGE = (1e-3, 1e3)
 """mm"""
+T = TypeVar("T")
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+STORED_PRECISIONS = ("fp32", "fp16", "int8")
+"""Those with a graph of their own. For bf16 a backend is told to run the fp32 graph so."""
 
 NormalizationScheme = Literal["zscore", "ct", "rescale01", "rgb01", "none"]
 
@@ -114,8 +119,50 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class GateRow:
+    """How one backend, precision and profile compared with the fp32 `reference`, and why it failed, if it did.
+
+    Attributes:
+        backend: name in the registry.
+        version: of the backend.
+        device: of the backend.
+        precision: of the computation.
+        profile: name of the profile.
+        processor: on which it was measured.
+        scans: how many.
+        seconds: that the network took a scan, median.
+        agreement: mean Dice with the reference; None if nothing could be measured.
+        dice: mean Dice against the truth; None where no truth is known.
+        reference_dice: the same of the reference.
+        drop: by how much the worst structure's Dice against the truth is below the reference's.
+        worst: that structure's name.
+        failures: a phrase each; empty if it passed.
+    """
+
+    backend: str
+    version: str
+    device: str
+    precision: str
+    profile: str
+    processor: str
+    scans: int
+    seconds: float | None = None
+    agreement: float | None = None
+    dice: float | None = None
+    reference_dice: float | None = None
+    drop: float | None = None
+    worst: str | None = None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether `auto` may choose it."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What `bundle.json` says. `source` and `verification` are records for people and are not interpreted."""
+    """What `bundle.json` says. `source`, `verification` and `calibration` are records for people, not interpreted."""
 
     name: str
     license: str | None
@@ -125,6 +172,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     source: Mapping[str, Any] = field(default_factory=dict)
     verification: Mapping[str, Any] = field(default_factory=dict)
+    gate: tuple[GateRow, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of `bundle.json`."""
@@ -163,12 +212,19 @@ class Bundle:
             )
         return data
 
-    def graph(self, precision: str) -> bytes:
-        """The ONNX backbone stored for `precision`."""
+    def graph_name(self, precision: str) -> str:
+        """The file that holds the backbone for `precision`; raises BundleError if there is none."""
         name = self.manifest.graphs.get(precision)
         if name is None:
             stored = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.path}: no {precision} graph is stored, only {stored}")
+            raise BundleError(
+                f"{self.path}: no {precision} graph is stored, only {stored}; 'edgemuse calibrate' adds others"
+            )
+        return name
+
+    def graph(self, precision: str) -> bytes:
+        """The ONNX backbone stored for `precision`."""
+        name = self.graph_name(precision)
         graph = self.read(name)
         if EXTERNAL_DATA in graph:
             raise BundleError(f"{self.path}: {name} keeps weights in a file outside the bundle; export it again")
@@ -199,6 +255,11 @@ class Bundle:
         """Read every file once and check it; raises BundleError at the first that differs."""
         for name in self.manifest.files:
             self.read(name)
+
+    def close(self) -> None:
+        """Let go of the zip file, which Windows does not replace while it is open. Nothing can be read afterwards."""
+        if self._zip is not None:
+            self._zip.close()
 
     def _read_raw(self, name: str, limit: int) -> bytes:
         try:
@@ -269,7 +330,10 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
 def _manifest(data: dict[str, Any]) -> Manifest:
     network = _network(data["network"])
     files = {_file_name(name): _file_entry(entry) for name, entry in data["files"].items()}
-    graphs = {str(precision): _file_name(name) for precision, name in data["graphs"].items()}
+    graphs = {
+        _one_of(precision, STORED_PRECISIONS, "precision"): _file_name(name)
+        for precision, name in data["graphs"].items()
+    }
     labels = tuple(
         Label(
             _int(row["number"], 0, 1 << 16),
@@ -296,7 +360,31 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         files,
         dict(data.get("source", {})),
         dict(data.get("verification", {})),
+        tuple(_gate_row(row) for row in _list(data.get("gate", []))),
+        dict(data.get("calibration", {})),
     )
+
+
+def _gate_row(data: dict[str, Any]) -> GateRow:
+    row = GateRow(
+        backend=_text(data["backend"]),
+        version=_text(data["version"]),
+        device=_text(data["device"]),
+        precision=_one_of(data["precision"], PRECISIONS, "precision"),
+        profile=_text(data["profile"]),
+        processor=_text(data["processor"]),
+        scans=_int(data["scans"], 1, 1 << 20),
+        seconds=_optional(_number, data["seconds"], 0, 1e9),
+        agreement=_optional(_number, data["agreement"], 0, 1),
+        dice=_optional(_number, data["dice"], 0, 1),
+        reference_dice=_optional(_number, data["reference_dice"], 0, 1),
+        drop=_optional(_number, data["drop"], -1, 1),
+        worst=_optional(_text, data["worst"]),
+        failures=tuple(_text(reason) for reason in _list(data["failures"])),
+    )
+    if row.passed and None in (row.seconds, row.agreement):
+        raise ValueError("a row of the gate passed without a measurement")
+    return row
 
 
 def _network(data: dict[str, Any]) -> Network:
@@ -386,6 +474,29 @@ def _bool(value: object) -> bool:
 def _int(value: object, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+def _number(value: object, low: float, high: float) -> float:
+    number = _float(value)
+    if not low <= number <= high:
+        raise ValueError(f"{value!r} is not from {low:g} to {high:g}")
+    return number
+
+
+def _optional(check: Callable[..., T], value: object, *limits: float) -> T | None:
+    return None if value is None else check(value, *limits)
+
+
+def _one_of(value: object, choices: tuple[str, ...], what: str) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r} is no {what} of {', '.join(choices)}")
+    return str(value)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
     return value
 
 

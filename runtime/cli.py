@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 LAZY_COMMANDS = {
     "build": ("edgemuse.runtime.build", "build", "Compile a bundle's engines ahead of time."),
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
+    "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+LINEAR_ALGEBRA = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""Threads of numpy's matrix products: one, because edgemuse itself works on several rows at once."""
 FAILURE, BAD_INPUT = 1, 2
 
 
@@ -79,10 +81,11 @@ def cli(ctx: click.Context, debug: bool) -> None:
               "'export' made.  [default: the built-in model]")  # fmt: skip
 @click.option(
     "--profile",
-    type=click.Choice(["reference", "balanced"]),
+    type=click.Choice(["reference", "balanced", "fast"]),
     default="reference",
     show_default=True,
-    help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster.",
+    help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster. fast: "
+    "tiles as large as memory allows, at best the whole brain at once.",
 )
 @click.option(
     "--backend",
@@ -93,10 +96,10 @@ def cli(ctx: click.Context, debug: bool) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
+    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
     default="auto",
     show_default=True,
-    help="auto: fp32.",
+    help="auto: the fastest that passed the bundle's accuracy gate, see 'info'; fp32 with the profile reference.",
 )
 @click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
@@ -260,9 +263,11 @@ def _show_log(verbose: bool) -> None:
 
 
 def _bind_threads(threads: int | None) -> None:
-    """Linear algebra reads these once, on import."""
+    """Libraries read these once, on import."""
+    for variable in LINEAR_ALGEBRA:
+        os.environ.setdefault(variable, "1")
     if threads:
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def _options(max_ram: float | None, postprocess: bool, profile: str, **engine: Any) -> Options:

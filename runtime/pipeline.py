@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,33 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from edgemuse.engines.errors import BackendError, BundleError
+from edgemuse.engines.errors import BundleError
 from edgemuse.engines.fallback import open_with_fallback
-from edgemuse.engines.hardware import machine, peak_memory
-from edgemuse.engines.protocol import Batch, Engine, EngineOptions
-from edgemuse.engines.registry import choose, open_engine
+from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
+from edgemuse.engines.protocol import Engine, EngineOptions
+from edgemuse.engines.registry import open_engine
 from edgemuse.runtime import outputs, picture
 from edgemuse.runtime.bundle import Bundle, Network, open_bundle
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
-from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
+from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
 from edgemuse.runtime.postprocess import remove_islands
+from edgemuse.runtime.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.resample import output_matrices
 from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image
-from edgemuse.runtime.tiles import TilePlan, gaussian_window, merge_tiles, mirrored, plan_tiles
-from edgemuse.runtime.types import Labels
+from edgemuse.runtime.tiles import (
+    MOST_VALUES,
+    TilePlan,
+    gaussian_window,
+    largest_tiles,
+    merge_tiles,
+    mirrored,
+    plan_tiles,
+)
+from edgemuse.runtime.types import Features, Labels, Shape
 
 log = logging.getLogger("edgemuse")
 
@@ -84,17 +94,23 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        choose(options.engine)  # raises now, not after the first scan was read, if there is no such engine
-        self.bundle, self.options = bundle, options
+        self.bundle, self.options, self._asked = bundle, options, options.engine
+        self._instead_of = ""
+        self._choose(options.engine)
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
         self._engine: Engine | None = None
+        self._tile: Shape | None = None
 
     def __enter__(self) -> Segmenter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -108,15 +124,16 @@ class Segmenter:
             scan = open_scan(path)
             memory = self.plan(scan)
             check_memory(scan, memory, self.options.max_ram)
+            log.info("memory: %s", memory)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
             shown = picture.to_bytes(image)
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
             del image
-            plan = plan_tiles(_shape(prepared), self.network.patch, self.profile.step)
+            plan, memory = self._tiles(scan, _shape(prepared))
         with watch.stage("engine"):
-            engine = self.engine()
+            engine = self.engine(plan.patch)
         with watch.stage("infer"):
             classes = self._classes(engine, prepared, plan, progress)
         with watch.stage("restore"):
@@ -129,21 +146,30 @@ class Segmenter:
         provenance["postprocess"] = {"done": self.options.postprocess, "voxels_changed": removed}
         return Segmentation(scan, shown, restored, watch.seconds, provenance)
 
-    @cached_property
-    def _window(self) -> NDArray[np.float32]:
-        return gaussian_window(self.network.patch)
-
-    def plan(self, scan: Scan) -> MemoryPlan:
-        """The memory that `scan` will take at most."""
+    def plan(self, scan: Scan, tiles: TilePlan | None = None) -> MemoryPlan:
+        """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
-        memory = plan_memory(scan, self.network, graph_bytes, self.profile.mirror)
-        log.info("memory: %s", memory)
-        return memory
+        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles)
 
-    def engine(self) -> Engine:
-        """The engine for one patch, opened on first use."""
-        if self._engine is None:
-            self._engine = open_with_fallback(self._open, self.options.engine)
+    def _tiles(self, scan: Scan, shape: Shape) -> tuple[TilePlan, MemoryPlan]:
+        """The tiles for an image of `shape`, and the memory they take: patches, or the largest tiles that fit."""
+        if not self.profile.large_tiles:
+            return plan_tiles(shape, self.network.patch, self.profile.step), self.plan(scan)
+        limit = memory_limit(self.options.max_ram)
+        for tiles in largest_tiles(shape, self.network.patch, self.network.stride):
+            memory = self.plan(scan, tiles)
+            if memory.total <= limit and math.prod(tiles.patch) * self.network.channels_out <= MOST_VALUES:
+                break
+        return tiles, memory
+
+    def engine(self, tile: Shape) -> Engine:
+        """The engine for tiles of shape `tile`, opened on first use."""
+        if self._engine is None or self._tile != tile:
+            self.close()
+            self._tile = tile
+            chosen = self.options.engine
+            replaceable = chosen.device != "CPU" and (self._asked.backend, self._asked.device) == ("auto", "auto")
+            self._engine = open_with_fallback(self._open, chosen, self._cpu if replaceable else None)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -153,29 +179,45 @@ class Segmenter:
             )
         return self._engine
 
+    def _choose(self, asked: EngineOptions) -> EngineOptions:
+        """Make the options for the engine definite; raises BackendError or BundleError if there is no such engine."""
+        chosen = choose_engine(self.bundle, self.options.profile, asked)
+        self.options = replace(self.options, engine=chosen)
+        self.verdict = verdict(self.bundle, self.options.profile, chosen)
+        _warn_accuracy(self.options.profile, chosen.precision, self.verdict)
+        return chosen
+
     def _open(self, options: EngineOptions) -> Engine:
-        return open_engine(self.bundle.graph("fp32"), (1, 1, *self.network.patch), options)
+        graph = self.bundle.graph(stored_precision(options.precision))
+        return open_engine(graph, (1, 1, *(self._tile or self.network.patch)), options)
+
+    def _cpu(self, reason: str) -> EngineOptions:
+        """What takes over, for this scan and all later ones, from a GPU that failed."""
+        self._instead_of = reason
+        return self._choose(replace(self._asked, device="CPU"))
 
     def _classes(
         self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
     ) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        slabs = merge_tiles(prepared.image, plan, self._window, infer, lambda: progress(next(done), plan.count))
+        window = gaussian_window(plan.patch) if plan.count > 1 else np.ones(plan.patch, np.float32)
+        slabs = merge_tiles(prepared.image, plan, window, infer, lambda: progress(next(done), plan.count))
         network = self.network
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
-        return label_slabs(_finite(slabs), self.head, network.classes, matrices, prepared.box_shape)
+        threads = self.options.engine.threads or cpu_cores()
+        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, threads)
 
-    def _infer(self, engine: Engine, tile: Batch) -> Batch:
-        features = engine.infer(tile)
-        expected = (1, self.network.channels_out, *self.network.patch)
+    def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
+        features = engine.infer(tile[None, None])
+        expected = (1, self.network.channels_out, *tile.shape)
         if features.shape != expected:
             raise BundleError(
                 f"{self.bundle.path}: the graph returns {features.shape}, its manifest says {expected}; export it again"
             )
-        return features
+        return np.ascontiguousarray(np.moveaxis(features[0], 0, -1))
 
     def _provenance(
         self, scan: Scan, plan: TilePlan, engine: Engine, memory: MemoryPlan, seconds: dict[str, float]
@@ -196,13 +238,14 @@ class Segmenter:
                 "version": engine.version,
                 "device": engine.device,
                 "precision": engine.precision,
+                "gate": self.verdict,
                 "threads": self.options.engine.threads,
-                "instead_of": getattr(engine, "fallback", ""),
+                "instead_of": self._instead_of,
             },
             "profile": {
                 "name": self.options.profile,
                 "tiles": plan.count,
-                "step": self.profile.step,
+                "tile": plan.patch,
                 "mirrored_axes": mirrored_axes,
             },
             "versions": {"python": platform.python_version()}
@@ -258,6 +301,19 @@ def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture
     return [paths[name] for name in outputs.NAMES if name in contents]
 
 
+def _warn_accuracy(profile: str, precision: str, gate: str) -> None:
+    """fp32 needs no proof, but may fail: tiles of another size have another normalisation."""
+    if gate == "passed" or (precision == "fp32" and gate == NOT_MEASURED):
+        return
+    log.warning(
+        "the accuracy of %s with the profile %s is not proven for this bundle and backend: %s; 'edgemuse info' shows "
+        "what passed, 'edgemuse calibrate' measures",
+        precision,
+        profile,
+        gate,
+    )
+
+
 def _warn_orientation(scan: Scan, network: Network) -> None:
     if network.orientation is None:
         log.warning(
@@ -268,13 +324,6 @@ def _warn_orientation(scan: Scan, network: Network) -> None:
         )
 
 
-def _finite(slabs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    for start, slab in slabs:
-        if not np.isfinite(slab.sum(dtype=np.float64)):
-            raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
-        yield start, slab
-
-
 def _restore(classes: Labels, prepared: Prepared, count: int) -> Labels:
     """Paste the crop's classes into the whole grid, background elsewhere, and turn it back to (i, j, k)."""
     whole = np.zeros(prepared.grid_shape, class_dtype(count))
@@ -282,6 +331,6 @@ def _restore(classes: Labels, prepared: Prepared, count: int) -> Labels:
     return prepared.reorientation.undo(whole)
 
 
-def _shape(prepared: Prepared) -> tuple[int, int, int]:
+def _shape(prepared: Prepared) -> Shape:
     d, h, w = prepared.image.shape
     return d, h, w

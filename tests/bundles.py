@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
 
-from edgemuse.runtime.bundle import MANIFEST, Manifest, Network, Normalization, Resampling, file_entry
+from edgemuse.runtime.bundle import MANIFEST, GateRow, Manifest, Network, Normalization, Resampling, file_entry
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.labels import Label
 
@@ -148,6 +148,26 @@ def tiny_bundle(folder: Path, **changes: Any) -> Path:
         (folder / name).write_bytes(data)
     (folder / MANIFEST).write_text(tiny_manifest(tiny, contents).to_json())
     return folder
+
+
+def gate_row(**changes: Any) -> GateRow:
+    """A row of the gate that passed: OpenVINO, int8, `balanced`."""
+    row = GateRow(
+        backend="openvino",
+        version="2026.4",
+        device="CPU",
+        precision="int8",
+        profile="balanced",
+        processor="a processor",
+        scans=2,
+        seconds=1.5,
+        agreement=0.987,
+        dice=0.7,
+        reference_dice=0.701,
+        drop=0.01,
+        worst="structure 3",
+    )
+    return replace(row, **changes)
 
 
 def edit_manifest(folder: Path, **changes: Any) -> Path:

@@ -16,14 +16,15 @@ trt = pytest.importorskip(
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install 'edgemuse[tensorrt]'")
 
 from edgemuse.bench import tensorrt_builds
-from edgemuse.bench.precisions import to_fp16, to_int8
 from edgemuse.bench.tensorrt_builds import Network, build_one
+from edgemuse.bench.uncalibrated import to_int8
+from edgemuse.calibration.half import half_precision
 from edgemuse.engines import cache
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import open_bundle
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-CONVERT: dict[str, Callable[[bytes], bytes]] = {"fp32": bytes, "fp16": to_fp16, "int8": to_int8}
+CONVERT: dict[str, Callable[[bytes], bytes]] = {"fp32": bytes, "fp16": half_precision, "int8": to_int8}
 DIAGNOSTICS = trt.EngineInvalidityDiagnostics
 FOREIGN = int(DIAGNOSTICS.MALFORMED_ENGINE) | int(DIAGNOSTICS.VERSION_MISMATCH)
 
@@ -79,7 +80,7 @@ def _weights(network: Network) -> int:
 
 @pytest.mark.parametrize("network", ["built-in"], indirect=True)
 def test_turing_takes_what_computes_in_half_precision(network: Network, tmp_path: Path) -> None:
-    half = to_fp16(network.graph)
+    half = half_precision(network.graph)
     for precision, graph in (("fp32", network.graph), ("int8", to_int8(network.graph))):
         assert "need fp16" in build_one(graph, network.shape, precision, "7.5", tmp_path)["error"]
     for precision, graph in (("fp16", half), ("int8", to_int8(half))):

@@ -16,7 +16,8 @@ import pytest
 from bundles import Tiny, tiny_graph, tiny_oracle
 from tensorrt_fakes import OWN_MODULES, FakeCUDA, Machine, Status, fake_tensorrt, install
 
-from edgemuse.bench.precisions import to_fp16, to_int8
+from edgemuse.bench.uncalibrated import to_int8
+from edgemuse.calibration.half import half_precision
 from edgemuse.engines import cache, registry
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import Batch, EngineOptions
@@ -126,7 +127,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...], machine: Machine) -> N
 
 
 def test_half_precision_input_and_output(machine: Machine) -> None:
-    model = onnx.load_model_from_string(to_fp16(tiny_graph(TINY)))
+    model = onnx.load_model_from_string(half_precision(tiny_graph(TINY)))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     engine = opened(EngineOptions("tensorrt", "fp16"), model.SerializeToString())
@@ -137,7 +138,7 @@ def test_half_precision_input_and_output(machine: Machine) -> None:
     engine.close()
 
 
-GRAPHS = {"fp32": bytes, "fp16": to_fp16, "int8": to_int8}
+GRAPHS = {"fp32": bytes, "fp16": half_precision, "int8": to_int8}
 
 
 @pytest.mark.parametrize("asked", GRAPHS)

@@ -8,10 +8,20 @@ import re
 from pathlib import Path
 
 import pytest
-from bundles import CommandLine, edit_manifest, replace_file, run_process, snapshot, tiny_bundle, tiny_graph, write_scan
+from bundles import (
+    CommandLine,
+    edit_manifest,
+    head_image,
+    replace_file,
+    run_process,
+    snapshot,
+    tiny_bundle,
+    tiny_graph,
+    write_scan,
+)
 from tensorrt_fakes import Machine, Status, install
 
-from edgemuse.bench.precisions import to_fp16
+from edgemuse.calibration.half import half_precision
 from edgemuse.runtime.outputs import NAMES
 
 LINE = re.compile(r"(.+\.engine)\t(fp32|fp16)\t(8\.6|12\.0|this machine)\t\d+\.\d MB\t\d+\.\d s")
@@ -25,7 +35,7 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A bundle with an fp16 graph beside the fp32 one."""
-    folder = replace_file(tiny_bundle(tmp_path / "tiny.bundle"), "fp16.onnx", to_fp16(tiny_graph()))
+    folder = replace_file(tiny_bundle(tmp_path / "tiny.bundle"), "fp16.onnx", half_precision(tiny_graph()))
     return edit_manifest(folder, graphs={"fp32": "fp32.onnx", "fp16": "fp16.onnx"})
 
 
@@ -140,10 +150,29 @@ def test_lost_gpu_costs_no_result(cli: CommandLine, gpu: Machine, model: Path, t
     assert len({(tmp_path / name / "sub-01_dseg.nii.gz").read_bytes() for name in names}) == 1
 
 
-def test_lost_gpu_that_was_named_is_an_error(cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path) -> None:
+def test_lost_gpu_is_not_tried_again(cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path) -> None:
+    """Nor for scans whose tiles have another shape, and the records of all say so."""
+    scans = [
+        write_scan(tmp_path / f"sub-0{n}_T1w.nii.gz", head_image(shape))
+        for n, shape in enumerate([(24, 28, 20), (40, 44, 36)])
+    ]
+    gpu.failing = {"cudaStreamSynchronize": Status.cudaErrorIllegalAddress}
+    ran = cli("segment", *scans, "-m", model, "-o", tmp_path / "out", "--profile", "fast")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("going on with the CPU") == 1
+    for scan in ("sub-00", "sub-01"):
+        record = json.loads((tmp_path / "out" / f"{scan}_provenance.json").read_text())["backend"]
+        assert record["device"] == "CPU"
+        assert record["instead_of"].startswith("tensorrt: CUDA failed")
+
+
+@pytest.mark.parametrize("named", [("--backend", "tensorrt"), ("--device", "gpu")], ids=["backend", "device"])
+def test_lost_gpu_that_was_named_is_an_error(
+    named: tuple[str, str], cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path
+) -> None:
     gpu.failing = {"cudaStreamSynchronize": Status.cudaErrorIllegalAddress}
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
-    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--backend", "tensorrt")
+    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", *named)
     assert ran.code == 2
     assert ran.err.startswith("edgemuse: CUDA failed while running the network")
     assert list((tmp_path / "out").iterdir()) == []

@@ -189,7 +189,23 @@ def test_several_scans_in_one_call_equal_single_calls(model: Path, cli: CommandL
         assert (tmp_path / "all" / result).read_bytes() == (tmp_path / "one" / result).read_bytes()
 
 
-@pytest.mark.parametrize(("profile", "axes"), [("reference", [0, 2]), ("balanced", [])])
+def test_fast_takes_the_scan_at_once_if_memory_allows(
+    scan: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = []
+    for limit in (1e12, 0.0):
+        monkeypatch.setattr("edgemuse.runtime.pipeline.memory_limit", lambda _, limit=limit: limit)
+        assert cli("segment", scan, "-m", model, "-o", tmp_path, "--profile", "fast", "--overwrite").code == 0
+        tiles.append(json.loads((tmp_path / "sub-01_provenance.json").read_text())["profile"])
+    roomy, cramped = tiles
+    network = open_bundle(model).manifest.network
+    assert roomy["tiles"] == 1
+    assert all(side % unit == 0 for side, unit in zip(roomy["tile"], network.stride, strict=True))
+    assert cramped["tiles"] > 1
+    assert cramped["tile"] == list(network.patch)
+
+
+@pytest.mark.parametrize(("profile", "axes"), [("reference", [0, 2]), ("balanced", []), ("fast", [])])
 def test_provenance(profile: str, axes: list[int], scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     arguments = ["--profile", profile, "--threads", 1]
     assert cli("segment", scan, "-m", model, "-o", tmp_path, *arguments).code == 0
