@@ -2,7 +2,7 @@
 
 DLMUSE's network (its plans, random weights) and the built-in model, in fp32, fp16 and int8, for several compute
 capabilities: built or why not, size, seconds, memory. Each build is a process of its own. Then what is said where
-something does not fit. The fp16 and int8 graphs are made here for their operations; their weights are not calibrated.
+something does not fit. The scales of the int8 graphs are not calibrated.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ all that is not quantised is fp16, which takes scales in fp16 and opset 19.
 
 ## Engines
 
-The fp16 and int8 graphs are made for this table: which operations are converted is as in a bundle, but the scales are
-not calibrated, so these engines are good for nothing else.
+The fp16 graphs are those that `edgemuse calibrate` makes. The int8 graphs quantise the same operations as its do, with
+scales that were not calibrated: good for this table and nothing else.
 """
 
 

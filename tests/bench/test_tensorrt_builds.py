@@ -79,6 +79,18 @@ def _weights(network: Network) -> int:
 
 
 @pytest.mark.parametrize("network", ["built-in"], indirect=True)
+def test_calibrated_graph_is_taken(network: Network, tmp_path: Path) -> None:
+    """As 'edgemuse calibrate' makes it, on one small patch."""
+    pytest.importorskip("nncf", reason="NNCF is not installed: pip install 'edgemuse[calibrate]'")
+    from edgemuse.calibration.quantise import quantise
+
+    patch = np.random.default_rng(0).normal(0, 1, (1, 1, 64, 64, 64)).astype(np.float32)
+    graph = quantise(network.graph, [patch]).graph()
+    built = build_one(graph, network.shape, "int8", "8.6", tmp_path)
+    assert "error" not in built
+
+
+@pytest.mark.parametrize("network", ["built-in"], indirect=True)
 def test_turing_takes_what_computes_in_half_precision(network: Network, tmp_path: Path) -> None:
     half = half_precision(network.graph)
     for precision, graph in (("fp32", network.graph), ("int8", to_int8(network.graph))):
