@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgemuse.runtime.stages import CascadeSegmenter
 
 LAZY_COMMANDS = {
+    "build": ("edgemuse.runtime.build", "build", "Compile a bundle's engines ahead of time."),
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
     "cascade": ("edgemuse.export.cascade", "cascade", "Join a brain mask bundle and a region bundle into one."),
     "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
@@ -89,7 +90,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "openvino", "onnxruntime"]),
+    type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
     default="auto",
     show_default=True,
     help="auto: the first that works, see 'devices'.",

@@ -22,6 +22,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import BundleError
+from edgemuse.engines.fallback import open_with_fallback
 from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
 from edgemuse.engines.protocol import Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
@@ -114,10 +115,9 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        chosen = choose_engine(bundle, options.profile, options.engine)
-        self.bundle, self.options = bundle, replace(options, engine=chosen)
-        self.verdict = verdict(bundle, options.profile, chosen)
-        _warn_accuracy(options.profile, chosen.precision, self.verdict)
+        self.bundle, self.options, self._asked = bundle, options, options.engine
+        self._instead_of = ""
+        self._choose(options.engine)
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -203,8 +203,9 @@ class Segmenter:
         if self._engine is None or self._tile != tile:
             self.close()
             self._tile = tile
-            graph = self.bundle.graph(stored_precision(self.options.engine.precision))
-            self._engine = open_engine(graph, (1, 1, *tile), self.options.engine)
+            chosen = self.options.engine
+            replaceable = chosen.device != "CPU" and (self._asked.backend, self._asked.device) == ("auto", "auto")
+            self._engine = open_with_fallback(self._open, chosen, self._cpu if replaceable else None)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -213,6 +214,23 @@ class Segmenter:
                 self._engine.precision,
             )
         return self._engine
+
+    def _choose(self, asked: EngineOptions) -> EngineOptions:
+        """Make the options for the engine definite; raises BackendError or BundleError if there is no such engine."""
+        chosen = choose_engine(self.bundle, self.options.profile, asked)
+        self.options = replace(self.options, engine=chosen)
+        self.verdict = verdict(self.bundle, self.options.profile, chosen)
+        _warn_accuracy(self.options.profile, chosen.precision, self.verdict)
+        return chosen
+
+    def _open(self, options: EngineOptions) -> Engine:
+        graph = self.bundle.graph(stored_precision(options.precision))
+        return open_engine(graph, (1, 1, *(self._tile or self.network.patch)), options)
+
+    def _cpu(self, reason: str) -> EngineOptions:
+        """What takes over, for this scan and all later ones, from a GPU that failed."""
+        self._instead_of = reason
+        return self._choose(replace(self._asked, device="CPU"))
 
     def _classes(
         self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
@@ -258,6 +276,7 @@ class Segmenter:
                 "precision": engine.precision,
                 "gate": self.verdict,
                 "threads": self.options.engine.threads,
+                "instead_of": self._instead_of,
             },
             "profile": {
                 "name": self.options.profile,

@@ -113,7 +113,7 @@ def test_wrong_usage_is_one_line(
 def test_unknown_backend_is_one_line(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--backend", "abacus")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("edgemuse: Invalid value for '--backend': 'abacus' is not one of 'auto', 'openvino', ")
+    assert ran.err.startswith("edgemuse: Invalid value for '--backend': 'abacus' is not one of 'auto', 'tensorrt', ")
     assert ran.err.count("\n") == 1
 
 
