@@ -125,7 +125,7 @@ def robustness(judge: Judge, scan: Path, truth: Any | None) -> dict[str, float]:
         made = make(scan, target)
         wanted = plain if truth is None else truth
         if name.startswith("turned"):  # the anatomy turns with the grid
-            wanted = nib.Nifti1Image(numbers(wanted), nib.load(made).affine)
+            wanted = nib.Nifti1Image(numbers(wanted).astype(np.int16), nib.load(made).affine)
         rows[name] = mean(judge.scores(judge.labels(made), wanted), without=(OTHER_FLUID,))
         click.echo(f"{scan.name}: {name}: {rows[name]:.3f}")
     stripped = _stripped(scan, plain, target)

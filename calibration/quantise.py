@@ -78,7 +78,7 @@ def quantise(graph: bytes, patches: Sequence[Batch]) -> Quantised:
 def _run_nncf(model: onnx.ModelProto, patches: Sequence[Batch]) -> onnx.ModelProto:
     name = model.graph.input[0].name
     others = sorted({node.op_type for node in model.graph.node} - {QUANTISED})
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes the handlers of every logger
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return nncf.quantize(
             model,
