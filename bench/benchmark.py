@@ -25,7 +25,7 @@ from edgemuse.bench.scaling import scale
 from edgemuse.bench.systems import System, all_systems, baseline, quick, select
 from edgemuse.engines.errors import InputError
 from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN
-from edgemuse.runtime.bundle import open_bundle
+from edgemuse.runtime.bundle import Cascade, open_model
 from edgemuse.runtime.scan import file_sha256, scan_stem
 
 
@@ -48,14 +48,16 @@ class Request:
 
 def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     """Measure what `request` asks for, as far as its report does not hold it yet; returns the report's main file."""
-    bundle = open_bundle(request.bundle or BUILT_IN)
-    bundle.verify()
+    model = open_model(request.bundle or BUILT_IN)
+    model.verify()
+    if request.reference and isinstance(model, Cascade):
+        raise InputError(f"{model.path} is a cascade, which nnU-Net's predictor cannot run; leave --reference out")
     scans = find_scans(request.data) if request.data else (SAMPLE_SCAN,)
-    subject = Subject(bundle, request.reference, scans[:1] if request.quick else scans, request.threads)
+    subject = Subject(model, request.reference, scans[:1] if request.quick else scans, request.threads)
     systems = _systems(request, subject)
-    structures = same_protocol(bundle.manifest.labels)
-    mapped = read_mapping(request.mapping, bundle.manifest.labels) if request.mapping else structures
-    hashes = (bundle.sha256, folder_sha256(request.reference) if request.reference else None)
+    structures = same_protocol(model.labels)
+    mapped = read_mapping(request.mapping, model.labels) if request.mapping else structures
+    hashes = (model.sha256, folder_sha256(request.reference) if request.reference else None)
     results = Results(request.output, context(request.threads, *hashes))
     say(f"{len(systems)} systems on {len(subject.scans)} scans: {', '.join(system.name for system in systems)}")
     measure_all(subject, schedule(systems, subject.scans, request.repeats, not request.quick), results, say)
@@ -70,7 +72,7 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
 
 
 def _systems(request: Request, subject: Subject) -> list[System]:
-    systems = all_systems(subject.bundle, subject.reference is not None)
+    systems = all_systems(subject.model, subject.reference is not None)
     if request.systems:
         return select(systems, request.systems)
     return quick(systems) if request.quick else systems

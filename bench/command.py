@@ -126,7 +126,7 @@ def downstream(reference: Path, engine: Path, covariates: Path) -> None:
     """Compare what the volumes of two methods are worth in a study of your own cohort.
 
     REFERENCE and ENGINE are tables with the column subject and one for each structure, or folders of
-    <subject>_volumes.csv as 'edgemuse segment' writes them. Brain age (ridge regression) and
+    <subject>_volumes.tsv as 'edgemuse segment' writes them. Brain age (ridge regression) and
     Alzheimer's (logistic regression) are predicted from either method's volumes on the same folds of a
     cross-validation; Mann-Whitney's U test on the errors and McNemar's on the decisions say whether they differ.
     Prints Markdown.

@@ -33,7 +33,7 @@ AGE, DIAGNOSIS, SEX, SUBJECT = "age", "diagnosis", "sex", "subject"
 
 Table: TypeAlias = Any
 """A pandas.DataFrame, its index the subjects."""
-VOLUMES = "_volumes.csv"
+VOLUMES = "_volumes.tsv"
 """End of the names of `edgemuse segment`'s volumes, a file a scan."""
 
 
@@ -80,7 +80,7 @@ class Alzheimers:
 def read_volumes(path: Path) -> Table:
     """Volumes, a row a subject and a column a structure; raises InputError.
 
-    `path` is such a table with a column `subject`, or a folder of `<subject>_volumes.csv` of `edgemuse segment`.
+    `path` is such a table with a column `subject`, or a folder of `<subject>_volumes.tsv` of `edgemuse segment`.
     """
     table = _gathered(path) if path.is_dir() else _read(path)
     volumes = table.apply(pd.to_numeric, errors="coerce")

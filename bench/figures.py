@@ -25,7 +25,7 @@ STYLE = {
     "axes.spines.right": False,
 }
 FAMILY_COLOURS = {"edgemuse": "#0b6e4f", "plain": "#c97b1a", "nnunet": "#5b4b8a"}
-STAGE_COLOURS = dict(zip(STAGES, [*mpl.color_sequences["tab10"], (0.8, 0.8, 0.8)], strict=True))
+STAGE_COLOURS = dict(zip(STAGES, [*mpl.color_sequences["tab10"], "#e8c468", "#cccccc"], strict=True))
 WORST = 30
 """Structures that the box plot shows."""
 

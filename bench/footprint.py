@@ -15,11 +15,12 @@ from pathlib import Path
 import click
 from packaging.requirements import Requirement
 
-OWN = ("edgemuse.engines", "edgemuse.runtime", "edgemuse.export", "edgemuse.bench")
+OWN = ("edgemuse.engines", "edgemuse.runtime", "edgemuse.calibration", "edgemuse.export", "edgemuse.bench")
 """Our own files, which an editable install does not list."""
 NEEDS = {
     "edgemuse/openvino": ("edgemuse",),
     "edgemuse/onnxruntime": ("edgemuse", "onnxruntime"),
+    "edgemuse/tensorrt": ("edgemuse", "tensorrt-rtx-cu13", "cuda-python"),
     "plain/openvino": ("openvino", "nibabel", "scipy"),
     "plain/onnxruntime": ("onnxruntime", "nibabel", "scipy"),
     "nnunet": ("nnunetv2", "torch"),

@@ -44,7 +44,11 @@ class PlainSegmenter(Segmenter):
         super().__init__(bundle, Options("reference", options, postprocess=False))
         self.network = replace(self.network, channels_out=self.network.classes, deferred_head=False)
         self.head = None
-        self._engine = engine
+        self._given = engine
+
+    def engine(self, tile: Shape) -> Engine:
+        """The engine it was given, for tiles of the patch's shape."""
+        return self._given
 
 
 class PlainOpenVINO:

@@ -24,10 +24,10 @@ from edgemuse.bench.rows import Results, Row
 from edgemuse.bench.systems import System
 from edgemuse.bench.worker import Job
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime.bundle import Bundle
-from edgemuse.runtime.cli import THREAD_VARIABLES
+from edgemuse.runtime.bundle import Bundle, Cascade
+from edgemuse.runtime.cli import LINEAR_ALGEBRA
 from edgemuse.runtime.geometry import orientation
-from edgemuse.runtime.labels import to_indices
+from edgemuse.runtime.labels import Label, to_indices
 from edgemuse.runtime.outputs import nifti_bytes, write_files
 from edgemuse.runtime.scan import SUFFIXES, file_sha256, open_scan, scan_stem
 
@@ -41,9 +41,9 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a bundle, the nnU-Net folder it was exported from, if that is there, and scans."""
+    """What is measured: a bundle or cascade, the nnU-Net folder a bundle was exported from if it is there, scans."""
 
-    bundle: Bundle
+    model: Bundle | Cascade
     reference: Path | None
     scans: tuple[Path, ...]
     threads: int | None
@@ -118,8 +118,8 @@ def measure_all(subject: Subject, steps: Sequence[Step], results: Results, say: 
         say(f"{len(steps) - len(missing)} of {len(steps)} measurements are there already")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="edgemuse-bench-") as folder:
-        if any(step.system.family == "plain" for step in missing):
-            (Path(folder) / GRAPH).write_bytes(logits_graph(subject.bundle))
+        if isinstance(subject.model, Bundle) and any(step.system.family == "plain" for step in missing):
+            (Path(folder) / GRAPH).write_bytes(logits_graph(subject.model))
         for done, step in enumerate(missing, 1):
             key = step.key
             if results.find(system=key["system"], scan=key["scan"], round=0, failed=True):
@@ -147,7 +147,7 @@ def _take(step: Step, subject: Subject, work: Path, report: Path) -> Row:
     row = run_step(step, subject, work, cache)
     if not row["failed"]:
         for scan in step.scans:
-            _keep(step.system, scan, work / OUTPUT, subject.bundle, report)
+            _keep(step.system, scan, work / OUTPUT, subject.model.labels, report)
     return row
 
 
@@ -156,10 +156,10 @@ def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
     output, result = work / OUTPUT, work / "result.json"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    scans = [_as_trained(scan, subject.bundle, work) if step.system.family == "nnunet" else scan for scan in step.scans]
+    scans = [_as_trained(scan, subject.model, work) if step.system.family == "nnunet" else scan for scan in step.scans]
     job = Job(
         step.system.name,
-        str(subject.bundle.path.resolve()),
+        str(subject.model.path.resolve()),
         None if subject.reference is None else str(subject.reference.resolve()),
         str(work / GRAPH),
         [str(scan.resolve()) for scan in scans],
@@ -169,7 +169,7 @@ def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
     )
     command = [sys.executable, "-m", "edgemuse.bench.worker", json.dumps(asdict(job)), str(result)]
     try:
-        run = measure(command, _environment(subject, cache))
+        run = measure(command, _environment(step.system.family, subject, cache))
     except ProcessFailure as failure:
         return {"failed": True, "error": str(failure)}
     row: Row = json.loads(result.read_text())
@@ -177,16 +177,19 @@ def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
     return row | {"failed": False, "seconds": run.seconds, "peak_bytes": run.peak, "joules": run.joules}
 
 
-def _environment(subject: Subject, cache: Path) -> dict[str, str]:
+def _environment(family: str, subject: Subject, cache: Path) -> dict[str, str]:
+    """Threads as `edgemuse segment` binds them for itself; PyTorch's matrix products get all that it is allowed."""
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     if subject.threads:
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(subject.threads))
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", *LINEAR_ALGEBRA), str(subject.threads))
+    if family != "nnunet":
+        environment |= dict.fromkeys(LINEAR_ALGEBRA, "1")
     return environment
 
 
-def _as_trained(scan: Path, bundle: Bundle, work: Path) -> Path:
+def _as_trained(scan: Path, model: Bundle | Cascade, work: Path) -> Path:
     """The scan in the orientation that the network was trained on: nnU-Net takes voxels as they are stored."""
-    codes = bundle.manifest.network.orientation
+    codes = model.manifest.network.orientation if isinstance(model, Bundle) else model.manifest.orientation
     if codes is None or orientation(open_scan(scan).affine) == codes:
         return scan
     target = work / "upright" / scan.name
@@ -201,18 +204,18 @@ def label_path(report: Path, system: str, scan: Path) -> Path:
     return report / LABELS / system.replace("/", "_") / f"{scan_stem(scan)}_dseg.nii.gz"
 
 
-def _keep(system: System, scan: Path, output: Path, bundle: Bundle, report: Path) -> None:
+def _keep(system: System, scan: Path, output: Path, labels: Sequence[Label], report: Path) -> None:
     made, target = output / f"{scan_stem(scan)}_dseg.nii.gz", label_path(report, system.name, scan)
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    data = _on_the_scans_grid(made, scan, bundle) if system.family == "nnunet" else made.read_bytes()
+    data = _on_the_scans_grid(made, scan, labels) if system.family == "nnunet" else made.read_bytes()
     write_files({target: data})
 
 
-def _on_the_scans_grid(made: Path, scan: Path, bundle: Bundle) -> bytes:
+def _on_the_scans_grid(made: Path, scan: Path, labels: Sequence[Label]) -> bytes:
     """Class numbers in the training data's orientation as the protocol's numbers in the scan's."""
     given, stored = nib.load(made), open_scan(scan)
     back = nib.orientations.ornt_transform(nib.io_orientation(given.affine), nib.io_orientation(stored.affine))
     classes = nib.orientations.apply_orientation(np.asanyarray(given.dataobj), back)
-    return nifti_bytes(to_indices(classes.astype(np.uint16), bundle.manifest.labels), stored)
+    return nifti_bytes(to_indices(classes.astype(np.uint16), labels), stored)

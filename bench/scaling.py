@@ -60,9 +60,10 @@ def points(subject: Subject, work: Path) -> Iterator[Point]:
         path = work / f"{mm:g}mm" / scan.name
         path.parent.mkdir(parents=True, exist_ok=True)
         yield Point("spacing", mm, subject, (copies.resampled(scan, path, (mm, mm, mm)),))
-    for classes in CLASSES:
-        bundle = with_classes(subject.bundle, classes, work / f"{classes}.bundle")
-        yield Point("classes", classes, replace(subject, bundle=bundle), (scan,))
+    if isinstance(subject.model, Bundle):
+        for classes in CLASSES:
+            bundle = with_classes(subject.model, classes, work / f"{classes}.bundle")
+            yield Point("classes", classes, replace(subject, model=bundle), (scan,))
     for threads in range(1, cpu_cores() + 1):
         yield Point("threads", threads, replace(subject, threads=threads), (scan,))
     for count in SCANS:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgemuse.engines.errors import InputError
-from edgemuse.engines.registry import statuses
-from edgemuse.runtime.bundle import Bundle
+from edgemuse.engines.registry import Status, statuses
+from edgemuse.runtime.bundle import Bundle, Cascade
+from edgemuse.runtime.precision import stored_precision
 from edgemuse.runtime.profiles import PROFILES
 
 PLAIN = ("openvino", "onnxruntime")
@@ -38,22 +39,31 @@ def parse_system(name: str) -> System:
     return System(family, tuple(options))
 
 
-def all_systems(bundle: Bundle, with_reference: bool) -> list[System]:
+def all_systems(model: Bundle | Cascade, with_reference: bool) -> list[System]:
     """Every system that can be measured here, the baseline first.
 
     Args:
-        bundle: the network.
+        model: the network, or a cascade of two, which only edgemuse runs.
         with_reference: whether its nnU-Net model folder is there.
     """
     usable = [status for status in statuses() if not status.reason]
-    mirrors = bool(bundle.manifest.network.mirror_axes)
+    if isinstance(model, Cascade):
+        return _ours(usable, (model.mask, model.regions))
+    mirrors = bool(model.manifest.network.mirror_axes)
     systems = [System("nnunet", ("eager", "mirrored"))] if with_reference and mirrors else []
     if with_reference:
         systems += [System("nnunet", (variant,)) for variant in NNUNET]
+    peers = [System("plain", (name,)) for name in PLAIN if name in [status.backend.name for status in usable]]
+    return systems + _ours(usable, (model,)) + peers
+
+
+def _ours(usable: Sequence[Status], bundles: Sequence[Bundle]) -> list[System]:
+    """Every backend's first device, in the precisions that all `bundles` store, with every profile."""
+    systems = []
     for status in usable:
         for precision in next(iter(status.devices.values())):
-            systems += [System("edgemuse", (status.backend.name, precision, profile)) for profile in PROFILES]
-    systems += [System("plain", (name,)) for name in PLAIN if name in [status.backend.name for status in usable]]
+            if all(stored_precision(precision) in bundle.manifest.graphs for bundle in bundles):
+                systems += [System("edgemuse", (status.backend.name, precision, profile)) for profile in PROFILES]
     return systems
 
 

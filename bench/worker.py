@@ -13,13 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from edgemuse.runtime.pipeline import Segmenter
+    from edgemuse.runtime.stages import CascadeSegmenter
 
-STAGES = ("import", "open", "load", "preprocess", "engine", "infer", "head", "merge", "restore", "write", "rest")
+STAGES = (
+    "import", "open", "load", "preprocess", "engine", "infer", "merge", "head", "restore", "quality", "write", "rest",
+)  # fmt: skip
 """In the order in which they happen. `engine` compiles or loads from the cache; `rest` is what ends the process."""
+PIPELINE = {"infer": "merge", "crop": "preprocess", "paste": "restore"}
+"""The pipeline's own names for stages, where they differ. What it calls `infer` holds the network and the head."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,21 @@ class Stages:
         self.add(name, time.perf_counter() - start)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its calls timed."""
+        """`function`, the time during which any thread is in it added to the stage `name`."""
+        lock, inside, since = Lock(), 0, 0.0
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            with self.stage(name):
+            nonlocal inside, since
+            with lock:
+                since = time.perf_counter() if inside == 0 else since
+                inside += 1
+            try:
                 return function(*args, **kwargs)
+            finally:
+                with lock:
+                    inside -= 1
+                    if inside == 0:
+                        self.add(name, time.perf_counter() - since)
 
         return called
 
@@ -81,12 +98,20 @@ def run_edgemuse(job: Job, stages: Stages) -> dict[str, Any]:
     _, backend, precision, profile = job.system.split("/")
     with _imports(job, stages):
         from edgemuse.engines.protocol import EngineOptions
-        from edgemuse.runtime.bundle import open_bundle
-        from edgemuse.runtime.pipeline import Options, Segmenter, default_cache_dir
+        from edgemuse.engines.registry import open_engine
+        from edgemuse.runtime import pipeline
+        from edgemuse.runtime.stages import open_segmenter
+
+    def open_timed(*args: Any) -> Any:
+        engine = open_engine(*args)
+        engine.infer = stages.timed("infer", engine.infer)  # type: ignore[method-assign]
+        return engine
+
     with stages.stage("open"):
-        engine = EngineOptions(backend, precision, threads=job.threads, cache_dir=default_cache_dir())
-        segmenter = Segmenter(open_bundle(Path(job.bundle)), Options(profile, engine, postprocess=False))
-    return _segment(job, stages, segmenter)
+        engine = EngineOptions(backend, precision, threads=job.threads, cache_dir=pipeline.default_cache_dir())
+        segmenter = open_segmenter(Path(job.bundle), pipeline.Options(profile, engine, postprocess=False))
+    with mock.patch.object(pipeline, "open_engine", open_timed):
+        return _segment(job, stages, segmenter)
 
 
 def run_plain(job: Job, stages: Stages) -> dict[str, Any]:
@@ -100,39 +125,33 @@ def run_plain(job: Job, stages: Stages) -> dict[str, Any]:
         graph = Path(job.graph).read_bytes()
     with stages.stage("engine"):
         engine = open_plain(backend, graph, bundle.manifest.network.patch, job.threads)
+        engine.infer = stages.timed("infer", engine.infer)  # type: ignore[method-assign]
     return _segment(job, stages, PlainSegmenter(bundle, engine, job.threads))
 
 
-def _segment(job: Job, stages: Stages, segmenter: Segmenter) -> dict[str, Any]:
-    from unittest import mock
-
+def _segment(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter) -> dict[str, Any]:
     from edgemuse.runtime import head
     from edgemuse.runtime.pipeline import write
 
+    provenance: dict[str, Any] = {}
     with segmenter, mock.patch.object(head, "classify", stages.timed("head", head.classify)):
-        _time_engine(segmenter, stages)
         for scan in stages.each(job.scans):
             result = segmenter.segment(scan)
             for name, seconds in result.seconds.items():
-                stages.add("merge" if name == "infer" else name, seconds)
+                step = name.rpartition(" ")[2]  # of a cascade: "mask infer", "regions infer"
+                stages.add(PIPELINE.get(step, step), seconds)
             with stages.stage("write"):
-                write(result, segmenter.bundle, Path(job.output), with_picture=False)
+                write(result, Path(job.output), with_picture=False)
+            provenance = result.provenance
     stages.seconds["merge"] -= stages.seconds["infer"] + stages.seconds["head"]  # the pipeline's stage holds them all
-    return {"engine": result.provenance["backend"], "profile": result.provenance["profile"]}
+    return {"engine": _of_stages(provenance, "backend"), "profile": _of_stages(provenance, "profile")}
 
 
-def _time_engine(segmenter: Segmenter, stages: Stages) -> None:
-    """Time the calls of the engine that the segmenter will open."""
-    opened: list[Any] = []
-    original = segmenter.engine
-
-    def engine() -> Any:
-        if not opened:
-            opened.append(original())
-            opened[0].infer = stages.timed("infer", opened[0].infer)
-        return opened[0]
-
-    segmenter.engine = engine  # type: ignore[method-assign]
+def _of_stages(provenance: dict[str, Any], key: str) -> dict[str, Any]:
+    """What the provenance says of the one network, or of each of a cascade's."""
+    if "stages" not in provenance:
+        return dict(provenance[key])
+    return {role: record[key] for role, record in provenance["stages"].items()}
 
 
 def run_nnunet(job: Job, stages: Stages) -> dict[str, Any]:

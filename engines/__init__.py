@@ -1,1 +1,1 @@
-"""Inference backends behind one protocol: OpenVINO and ONNX Runtime, chosen by an ordered registry."""
+"""Inference backends behind one protocol: TensorRT, OpenVINO and ONNX Runtime, chosen by an ordered registry."""

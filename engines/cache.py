@@ -47,6 +47,15 @@ def load(folder: Path, key: str) -> bytes | None:
 
 def store(folder: Path, key: str, blob: bytes) -> None:
     """Keep `blob` under `key`. A cache that cannot be written is no reason to stop: it is only logged."""
+    try:
+        save(folder, key, blob)
+        _prune(folder)
+    except OSError as error:
+        log.warning("compiled engine not kept: %s", error)
+
+
+def save(folder: Path, key: str, blob: bytes) -> Path:
+    """Write `blob` under `key` and return its path; raises OSError, and then leaves nothing."""
     temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,12 +63,11 @@ def store(folder: Path, key: str, blob: bytes) -> None:
             temporary = Path(file.name)
             file.write(hashlib.sha256(blob).digest())
             file.write(blob)
-        os.replace(temporary, folder / (key + SUFFIX))
-        _prune(folder)
-    except OSError as error:
-        log.warning("compiled engine not kept: %s", error)
+        return temporary.replace(folder / (key + SUFFIX))
+    except OSError:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        raise
 
 
 def _prune(folder: Path) -> None:

@@ -14,6 +14,8 @@ from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
 PROVIDERS = {"CPU": "CPUExecutionProvider"}
+PRECISIONS = ["fp32", "fp16", "int8"]
+"""Of the CPU provider. It has no fp16 convolution: it computes one in fp32 and rounds, which is right but not fast."""
 FATAL = 4
 """Log level: warnings about options that were chosen on purpose are not the user's business."""
 
@@ -21,7 +23,7 @@ FATAL = 4
 def probe() -> dict[str, list[str]]:
     """Devices that are here and the precisions each can be asked for."""
     offered = ort.get_available_providers()
-    return {device: ["fp32"] for device, provider in PROVIDERS.items() if provider in offered}
+    return {device: list(PRECISIONS) for device, provider in PROVIDERS.items() if provider in offered}
 
 
 class ONNXRuntimeEngine:

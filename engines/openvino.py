@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_name
-from edgemuse.engines.openvino_rewrites import fold_constants, merge_upsampling, normalise_precisely
+from edgemuse.engines.openvino_rewrites import fold_constants, merge_upsampling, normalise_precisely, put_channels_last
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
-HINTS = {"fp32": "f32", "bf16": "bf16"}
-"""OpenVINO picks bf16 or fp16 by itself unless it is told otherwise."""
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+"""OpenVINO picks bf16 or fp16 by itself unless it is told otherwise. An int8 graph says where it is int8; the rest is
+fp32."""
 
 
 def probe() -> dict[str, list[str]]:
@@ -24,7 +26,7 @@ def probe() -> dict[str, list[str]]:
 
 def _precisions(core: ov.Core, device: str) -> list[str]:
     offered = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
-    return ["fp32", *(["bf16"] if "BF16" in offered else [])]
+    return ["fp32", *(precision for precision in ("bf16", "fp16", "int8") if precision.upper() in offered)]
 
 
 class OpenVINOEngine:
@@ -51,10 +53,11 @@ class OpenVINOEngine:
         try:
             model = self._core.read_model(graph)
             model.reshape(list(self._shape))
-            if self.precision == "fp32":
+            if self.precision == "fp32":  # of an int8 graph, folding would make fp32 weights
                 fold_constants(model)
                 merge_upsampling(model)
                 normalise_precisely(model)
+            put_channels_last(model)
             compiled = self._core.compile_model(model, self.device, self._config)
             self._start(compiled)
             exported = compiled.export_model() if keep else b""
@@ -84,7 +87,7 @@ class OpenVINOEngine:
             self._request.infer({0: ov.Tensor(batch, shared_memory=True)})
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed while running the network: {_first_line(error)}") from error
-        features: Batch = self._request.get_output_tensor(0).data
+        features: Batch = np.moveaxis(self._request.get_output_tensor(0).data, -1, 1)
         return features
 
     def close(self) -> None:

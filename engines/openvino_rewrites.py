@@ -125,6 +125,14 @@ def composite_kernel(spread: NDArray[np.float32], weight: NDArray[np.float32]) -
     return kernel.astype(np.float32)
 
 
+def put_channels_last(model: ov.Model) -> None:
+    """Return (N, D, H, W, F) instead of (N, F, D, H, W): what the CPU plugin computes in, so a reorder is saved."""
+    (result,) = model.get_results()
+    source = result.input_value(0)
+    result.input(0).replace_source_output(ops.transpose(source, np.array([0, 2, 3, 4, 1])).output(0))
+    model.validate_nodes_and_infer_types()
+
+
 def _replace(old: ov.Node, new: ov.Node) -> None:
     for target in old.output(0).get_target_inputs():
         target.replace_source_output(new.output(0))

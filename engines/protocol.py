@@ -20,7 +20,7 @@ class Engine(Protocol):
 
     Contract:
         - `infer` takes (N, C, D, H, W) float32 of exactly the shape the engine was opened for and returns
-          (N, F, D, H, W) float32, C-contiguous and writable.
+          (N, F, D, H, W) float32, writable, in whatever memory order costs least; features last suits the runtime.
         - The array returned belongs to the engine: the caller may change it, and it is valid until the next call.
         - The precision is the one asked for. An engine that cannot give it does not open.
         - `infer` raises BackendError where the backend fails; `close` may be called more than once.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ class Backend:
 
 
 BACKENDS = (
+    Backend("tensorrt", "edgemuse.engines.tensorrt", "TensorRTEngine", "edgemuse[tensorrt]"),
     Backend("openvino", "edgemuse.engines.openvino", "OpenVINOEngine", "openvino"),
     Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", "edgemuse[onnxruntime]"),
 )
@@ -115,6 +116,39 @@ def open_engine(graph: bytes, shape: TileShape, options: EngineOptions) -> Engin
         _open_cached(engine, graph, options.cache_dir, cache.cache_key(_facts(engine, graph, shape)))
     opened: Engine = engine
     return opened
+
+
+def build_engine(
+    graph: bytes,
+    shape: TileShape,
+    options: EngineOptions,
+    folder: Path,
+    capability: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Compile the ONNX `graph` for tiles of `shape` (N, C, D, H, W) into `folder`, where `open_engine` finds it.
+
+    Args:
+        graph: ONNX of the precision that `options` names.
+        shape: of one tile.
+        options: as for `open_engine`.
+        folder: a cache folder, here or carried to another machine.
+        capability: compute capability of a GPU that need not be here, such as "8.6"; only TensorRT takes one.
+        progress: called with a phase, the steps of it that are done and all of them; only TensorRT tells.
+
+    Returns:
+        The file, replaced if it existed. Raises BackendError, or OSError where it cannot be written.
+    """
+    if capability is None:
+        backend, options = choose(options)
+        engine: Any = getattr(_import(backend), backend.engine)(options, shape)
+    else:
+        backend = next(row for row in BACKENDS if row.name == "tensorrt")
+        engine = getattr(_import(backend), backend.engine)(options, shape, capability)
+    engine.progress = progress
+    blob = engine.build(graph, keep=True)
+    engine.close()
+    return cache.save(folder, cache.cache_key(_facts(engine, graph, shape)), blob)
 
 
 def _open_cached(engine: Any, graph: bytes, folder: Path, key: str) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.bundle import MANIFEST, Head, Manifest, open_bundle
+from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, CascadeManifest, Head, Manifest, open_model
 
 HEAD = "head.npz"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -37,29 +38,87 @@ def head_bytes(head: Head) -> bytes:
     return stream.getvalue()
 
 
+def check_replaceable(bundle: Bundle) -> None:
+    """Raise OutputError unless `bundle` can be replaced where it lies without losing anything else."""
+    path = bundle.path
+    if path.is_symlink():
+        raise OutputError(f"{path}: a link, which is not replaced; name the bundle itself, or another output")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise OutputError(f"{path}: its folder cannot be written to; choose another output")
+    listed = {MANIFEST, *bundle.manifest.files}
+    others = sorted(file.name for file in path.iterdir() if file.name not in listed) if path.is_dir() else []
+    if others:
+        raise OutputError(f"{path}: replacing it would delete {', '.join(others)}; move that, or choose another output")
+
+
 def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     """Write a bundle, a zip file if `output` ends with `.zip`, else a directory; raises OutputError or BundleError."""
+    return _write_whole(output, _contents(manifest, files))
+
+
+def write_cascade(output: Path, manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> Path:
+    """Write a cascade of two bundles, a zip file or a directory as above; `manifest` names their SHA-256."""
+    files = {CASCADE: manifest.to_json().encode()}
+    for role, bundle in (("mask", mask), ("regions", regions)):
+        files[f"{role}/{MANIFEST}"] = bundle.manifest_bytes
+        files |= {f"{role}/{name}": bundle.read(name) for name in bundle.manifest.files}
+    return _write_whole(output, files)
+
+
+def _contents(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {MANIFEST: manifest.to_json().encode(), **files}
+
+
+def _write_whole(output: Path, whole: Mapping[str, bytes]) -> Path:
     check_output(output)
+    with _staged(output, whole, zipped=output.suffix.lower() == ".zip") as staged:
+        check_output(output)
+        staged.rename(output)
+    return output
+
+
+def replace_bundle(bundle: Bundle, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Write a bundle in place of `bundle`, which stays as it is unless all succeeds; raises OutputError."""
+    check_replaceable(bundle)
+    path = bundle.path
+    zipped = path.is_file()
+    bundle.close()
+    with _staged(path, _contents(manifest, files), zipped) as staged:
+        if zipped:
+            os.replace(staged, path)
+            return path
+        old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+        path.rename(old)
+        try:
+            staged.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+@contextlib.contextmanager
+def _staged(output: Path, whole: Mapping[str, bytes], zipped: bool) -> Iterator[Path]:
+    """A bundle that was written and checked, in a folder beside `output` that goes away afterwards."""
     stage = output.parent / f".{output.name}.tmp-{secrets.token_hex(4)}"
-    whole = {MANIFEST: manifest.to_json().encode(), **files}
     try:
         stage.mkdir()
-        bundle = _write(stage / output.name, whole)
-        open_bundle(bundle).verify()
-        check_output(output)
-        bundle.rename(output)
+        bundle = (_write_zip if zipped else _write_folder)(stage / output.name, whole)
+        written = open_model(bundle)
+        written.verify()
+        written.close()
+        yield bundle
     except OSError as error:
         raise OutputError(f"{output}: the bundle cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    return output
 
 
-def _write(path: Path, files: Mapping[str, bytes]) -> Path:
-    if path.suffix.lower() == ".zip":
-        return _write_zip(path, files)
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     path.mkdir()
     for name, data in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(data)
     return path
 

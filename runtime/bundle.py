@@ -2,10 +2,12 @@
 
 `bundle.json` describes the network and lists every other file with its size and SHA-256. A file is read once,
 checked against that list, and what was checked is what is used. Nothing outside the bundle can be named by it.
+A cascade is a directory (or `.zip`) of two bundles, `mask` and `regions`, and `cascade.json`: how they follow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,10 +16,10 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +29,11 @@ from edgemuse.runtime.labels import COLOR, Label
 from edgemuse.runtime.types import Shape, Spacing
 
 MANIFEST = "bundle.json"
+CASCADE = "cascade.json"
 FORMAT = "edgemuse-bundle"
 FORMAT_VERSION = 1
+CASCADE_FORMAT = "edgemuse-cascade"
+CASCADE_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILE_BYTES = 8 << 30
 EXTERNAL_DATA = b"location"
@@ -39,6 +44,11 @@ READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.Ba
 """What reading from a folder, a damaged zip or a damaged array can raise; NotImplementedError is a RuntimeError."""
 SPACING_RANGE = (1e-3, 1e3)
 """mm"""
+T = TypeVar("T")
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+STORED_PRECISIONS = ("fp32", "fp16", "int8")
+"""Those with a graph of their own. For bf16 a backend is told to run the fp32 graph so."""
 
 NormalizationScheme = Literal["zscore", "ct", "rescale01", "rgb01", "none"]
 
@@ -114,8 +124,50 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class GateRow:
+    """How one backend, precision and profile compared with the fp32 `reference`, and why it failed, if it did.
+
+    Attributes:
+        backend: name in the registry.
+        version: of the backend.
+        device: of the backend.
+        precision: of the computation.
+        profile: name of the profile.
+        processor: on which it was measured.
+        scans: how many.
+        seconds: that the network took a scan, median.
+        agreement: mean Dice with the reference; None if nothing could be measured.
+        dice: mean Dice against the truth; None where no truth is known.
+        reference_dice: the same of the reference.
+        drop: by how much the worst structure's Dice against the truth is below the reference's.
+        worst: that structure's name.
+        failures: a phrase each; empty if it passed.
+    """
+
+    backend: str
+    version: str
+    device: str
+    precision: str
+    profile: str
+    processor: str
+    scans: int
+    seconds: float | None = None
+    agreement: float | None = None
+    dice: float | None = None
+    reference_dice: float | None = None
+    drop: float | None = None
+    worst: str | None = None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether `auto` may choose it."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What `bundle.json` says. `source` and `verification` are records for people and are not interpreted."""
+    """What `bundle.json` says. `source`, `verification` and `calibration` are records for people, not interpreted."""
 
     name: str
     license: str | None
@@ -125,6 +177,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     source: Mapping[str, Any] = field(default_factory=dict)
     verification: Mapping[str, Any] = field(default_factory=dict)
+    gate: tuple[GateRow, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of `bundle.json`."""
@@ -143,19 +197,29 @@ class Head:
 class Bundle:
     """An opened bundle: the checked manifest, and files that are checked as they are read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._zip = _open_zip(path) if path.is_file() else None
-        raw = self._read_raw(MANIFEST, MAX_MANIFEST_BYTES)
-        self.manifest = parse_manifest(raw, path)
-        self.sha256 = hashlib.sha256(raw).hexdigest()
+    def __init__(self, path: Path, folder: str = "") -> None:
+        self.path = path / folder
+        self._source = Source(path, folder)
+        self.manifest_bytes = self._source.read(MANIFEST, MAX_MANIFEST_BYTES)
+        self.manifest = parse_manifest(self.manifest_bytes, self.path)
+        self.sha256 = hashlib.sha256(self.manifest_bytes).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.manifest.name
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Of the classes it gives."""
+        return self.manifest.labels
 
     def read(self, name: str) -> bytes:
         """Bytes of the file `name`; raises BundleError if it is missing or not what the manifest lists."""
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}; export the bundle again")
-        data = self._read_raw(name, entry.bytes)
+        data = self._source.read(name, entry.bytes)
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
                 f"{self.path}: {name} has a wrong checksum, so the bundle is damaged or was changed; "
@@ -163,12 +227,19 @@ class Bundle:
             )
         return data
 
-    def graph(self, precision: str) -> bytes:
-        """The ONNX backbone stored for `precision`."""
+    def graph_name(self, precision: str) -> str:
+        """The file that holds the backbone for `precision`; raises BundleError if there is none."""
         name = self.manifest.graphs.get(precision)
         if name is None:
             stored = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.path}: no {precision} graph is stored, only {stored}")
+            raise BundleError(
+                f"{self.path}: no {precision} graph is stored, only {stored}; 'edgemuse calibrate' adds others"
+            )
+        return name
+
+    def graph(self, precision: str) -> bytes:
+        """The ONNX backbone stored for `precision`."""
+        name = self.graph_name(precision)
         graph = self.read(name)
         if EXTERNAL_DATA in graph:
             raise BundleError(f"{self.path}: {name} keeps weights in a file outside the bundle; export it again")
@@ -200,19 +271,124 @@ class Bundle:
         for name in self.manifest.files:
             self.read(name)
 
-    def _read_raw(self, name: str, limit: int) -> bytes:
+    def close(self) -> None:
+        """Let go of the zip file, which Windows does not replace while it is open. Nothing can be read afterwards."""
+        self._source.close()
+
+
+class Source:
+    """Files of a bundle by name, in a directory or a zip file; those of a stage in the folder of that name."""
+
+    def __init__(self, path: Path, folder: str = "") -> None:
+        self.path, self.folder = path, folder
+        self._zip = _open_zip(path) if path.is_file() else None
+
+    def close(self) -> None:
+        """Let go of the zip file."""
+        if self._zip is not None:
+            self._zip.close()
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Bytes of the file `name`; raises BundleError if it cannot be read or is larger than `limit`."""
+        where = self.path / self.folder
         try:
             if self._zip is not None:
-                with self._zip.open(name) as stream:
+                with self._zip.open(f"{self.folder}/{name}".lstrip("/")) as stream:
                     data = stream.read(limit + 1)
             else:
-                with (self.path / name).open("rb") as file:
+                with (where / name).open("rb") as file:
                     data = file.read(limit + 1)
         except READ_ERRORS as error:
-            raise BundleError(f"{self.path}: {name} cannot be read, so this is no whole bundle ({error})") from error
+            raise BundleError(f"{where}: {name} cannot be read, so this is no whole bundle ({error})") from error
         if len(data) > limit:
-            raise BundleError(f"{self.path}: {name} is larger than the {limit} bytes expected")
+            raise BundleError(f"{where}: {name} is larger than the {limit} bytes expected")
         return data
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a file called `name`."""
+        return (self.path / name).is_file() if self._zip is None else name in self._zip.namelist()
+
+
+@dataclass(frozen=True)
+class CascadeManifest:
+    """What `cascade.json` says: how two bundles, in the folders `mask` and `regions`, are run one after the other.
+
+    Attributes:
+        name: of the whole.
+        license: of the weights.
+        orientation: axis codes of the grid on which mask and crop are made.
+        stages: SHA-256 of the manifest of each bundle.
+        padding_percent: of the mask's extent, added on each side of the crop.
+        keep_largest: forget parts of the mask apart from its largest component.
+        plausible_mm3: least and largest volume of the mask; outside it the result is flagged. None: any.
+        fill: number in the protocol, name and colour of what is inside the mask and gets no label; None: it stays
+            background.
+    """
+
+    name: str
+    license: str | None
+    orientation: str
+    stages: Mapping[str, str]
+    padding_percent: int
+    keep_largest: bool
+    plausible_mm3: tuple[float, float] | None
+    fill: Label | None
+
+    def to_json(self) -> str:
+        """The text of `cascade.json`."""
+        head = {"format": CASCADE_FORMAT, "format_version": CASCADE_VERSION}
+        return json.dumps(head | asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+class Cascade:
+    """Two bundles that are run one after the other: the first finds the mask, the second labels what is inside."""
+
+    STAGES = ("mask", "regions")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with contextlib.closing(Source(path)) as source:
+            raw = source.read(CASCADE, MAX_MANIFEST_BYTES)
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+        self.manifest = parse_cascade(raw, path)
+        self.mask, self.regions = (Bundle(path, role) for role in self.STAGES)
+        for role, bundle in zip(self.STAGES, (self.mask, self.regions), strict=True):
+            if bundle.sha256 != self.manifest.stages[role]:
+                raise BundleError(f"{bundle.path}: another bundle than {CASCADE} lists; make the cascade again")
+        fill = self.manifest.fill
+        if fill is not None and fill.number != len(self.regions.labels):
+            raise BundleError(f"{path}: the class filled in must have the number {len(self.regions.labels)}")
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.manifest.name
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Of the classes it gives."""
+        fill = self.manifest.fill
+        return (*self.regions.labels, *([] if fill is None else [fill]))
+
+    def verify(self) -> None:
+        """Read every file once and check it; raises BundleError at the first that differs."""
+        self.mask.verify()
+        self.regions.verify()
+
+    def close(self) -> None:
+        """Let go of the zip file. Nothing can be read afterwards."""
+        self.mask.close()
+        self.regions.close()
+
+
+def open_model(path: str | Path) -> Bundle | Cascade:
+    """Open the bundle or the cascade of bundles at `path`, a directory or a zip file; raises BundleError."""
+    path = Path(path)
+    if not path.exists():
+        return open_bundle(path)
+    with contextlib.closing(Source(path)) as source:
+        joined = source.holds(CASCADE)
+    return Cascade(path) if joined else open_bundle(path)
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -248,38 +424,70 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 def parse_manifest(raw: bytes, path: Path) -> Manifest:
     """Check the text of `bundle.json` field by field; raises BundleError, naming `path`, at the first that is off."""
+    data = _document(raw, path, MANIFEST, FORMAT, FORMAT_VERSION)
+    with _named(path, MANIFEST):
+        return _manifest(data)
+
+
+def parse_cascade(raw: bytes, path: Path) -> CascadeManifest:
+    """Check the text of `cascade.json` field by field; raises BundleError, naming `path`, at the first that is off."""
+    data = _document(raw, path, CASCADE, CASCADE_FORMAT, CASCADE_VERSION)
+    with _named(path, CASCADE):
+        return _cascade(data)
+
+
+def _document(raw: bytes, path: Path, name: str, format: str, known: int) -> dict[str, Any]:
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: {MANIFEST} is not valid JSON ({error})") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise BundleError(f"{path}: {MANIFEST} does not describe an edgemuse bundle")
+        raise BundleError(f"{path}: {name} is not valid JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != format:
+        raise BundleError(f"{path}: {name} does not describe an edgemuse bundle")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != known:
         raise BundleError(
-            f"{path}: bundle format {version!r}, this edgemuse reads {FORMAT_VERSION}; upgrade edgemuse or export again"
+            f"{path}: bundle format {version!r}, this edgemuse reads {known}; upgrade edgemuse or export again"
         )
+    return data
+
+
+@contextlib.contextmanager
+def _named(path: Path, name: str) -> Iterator[None]:
+    """What a malformed document raises, as BundleError."""
     try:
-        return _manifest(data)
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise BundleError(f"{path}: {MANIFEST} is not valid: {reason}") from error
+        raise BundleError(f"{path}: {name} is not valid: {reason}") from error
+
+
+def _cascade(data: dict[str, Any]) -> CascadeManifest:
+    if not is_orientation(data["orientation"]):
+        raise ValueError(f"orientation {data['orientation']!r} is not three axis codes such as LPS")
+    plausible, fill = data["plausible_mm3"], data["fill"]
+    if plausible is not None:
+        low, high = (_float(value) for value in plausible)
+        plausible = (low, high)
+    return CascadeManifest(
+        _text(data["name"]),
+        None if data["license"] is None else _text(data["license"]),
+        data["orientation"],
+        {role: _sha256(data["stages"][role]) for role in Cascade.STAGES},
+        _int(data["padding_percent"], 0, 100),
+        _bool(data["keep_largest"]),
+        plausible,
+        None if fill is None else _label(fill),
+    )
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
     network = _network(data["network"])
     files = {_file_name(name): _file_entry(entry) for name, entry in data["files"].items()}
-    graphs = {str(precision): _file_name(name) for precision, name in data["graphs"].items()}
-    labels = tuple(
-        Label(
-            _int(row["number"], 0, 1 << 16),
-            _int(row["index"], 0, (1 << 32) - 1),
-            _text(row["name"]),
-            _color(row.get("color")),
-            _bool(row.get("single", False)),
-        )
-        for row in data["labels"]
-    )
+    graphs = {
+        _one_of(precision, STORED_PRECISIONS, "precision"): _file_name(name)
+        for precision, name in data["graphs"].items()
+    }
+    labels = tuple(_label(row) for row in data["labels"])
     if [label.number for label in labels] != list(range(network.classes)):
         raise ValueError(f"labels must name classes 0 to {network.classes - 1} in order")
     needed = set(graphs.values()) | ({"head.npz"} if network.deferred_head else set())
@@ -296,7 +504,41 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         files,
         dict(data.get("source", {})),
         dict(data.get("verification", {})),
+        tuple(_gate_row(row) for row in _list(data.get("gate", []))),
+        dict(data.get("calibration", {})),
     )
+
+
+def _label(row: dict[str, Any]) -> Label:
+    return Label(
+        _int(row["number"], 0, 1 << 16),
+        _int(row["index"], 0, (1 << 32) - 1),
+        _text(row["name"]),
+        _color(row.get("color")),
+        _bool(row.get("single", False)),
+    )
+
+
+def _gate_row(data: dict[str, Any]) -> GateRow:
+    row = GateRow(
+        backend=_text(data["backend"]),
+        version=_text(data["version"]),
+        device=_text(data["device"]),
+        precision=_one_of(data["precision"], PRECISIONS, "precision"),
+        profile=_text(data["profile"]),
+        processor=_text(data["processor"]),
+        scans=_int(data["scans"], 1, 1 << 20),
+        seconds=_optional(_number, data["seconds"], 0, 1e9),
+        agreement=_optional(_number, data["agreement"], 0, 1),
+        dice=_optional(_number, data["dice"], 0, 1),
+        reference_dice=_optional(_number, data["reference_dice"], 0, 1),
+        drop=_optional(_number, data["drop"], -1, 1),
+        worst=_optional(_text, data["worst"]),
+        failures=tuple(_text(reason) for reason in _list(data["failures"])),
+    )
+    if row.passed and None in (row.seconds, row.agreement):
+        raise ValueError("a row of the gate passed without a measurement")
+    return row
 
 
 def _network(data: dict[str, Any]) -> Network:
@@ -359,10 +601,13 @@ def _file_name(name: object) -> str:
 
 
 def _file_entry(data: dict[str, Any]) -> FileEntry:
-    digest = data["sha256"]
+    return FileEntry(_int(data["bytes"], 0, MAX_FILE_BYTES), _sha256(data["sha256"]))
+
+
+def _sha256(digest: object) -> str:
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise ValueError(f"{digest!r} is not a SHA-256")
-    return FileEntry(_int(data["bytes"], 0, MAX_FILE_BYTES), digest)
+    return digest
 
 
 def _text(value: object) -> str:
@@ -386,6 +631,29 @@ def _bool(value: object) -> bool:
 def _int(value: object, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+def _number(value: object, low: float, high: float) -> float:
+    number = _float(value)
+    if not low <= number <= high:
+        raise ValueError(f"{value!r} is not from {low:g} to {high:g}")
+    return number
+
+
+def _optional(check: Callable[..., T], value: object, *limits: float) -> T | None:
+    return None if value is None else check(value, *limits)
+
+
+def _one_of(value: object, choices: tuple[str, ...], what: str) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r} is no {what} of {', '.join(choices)}")
+    return str(value)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
     return value
 
 

@@ -20,15 +20,19 @@ import click
 from edgemuse.engines.errors import EdgemuseError
 
 if TYPE_CHECKING:
-    from edgemuse.runtime.bundle import Bundle
     from edgemuse.runtime.pipeline import Options, Segmenter
+    from edgemuse.runtime.stages import CascadeSegmenter
 
 LAZY_COMMANDS = {
+    "build": ("edgemuse.runtime.build", "build", "Compile a bundle's engines ahead of time."),
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
+    "cascade": ("edgemuse.export.cascade", "cascade", "Join a brain mask bundle and a region bundle into one."),
+    "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
     "bench": ("edgemuse.bench.command", "bench", "Measure accuracy, time and memory against nnU-Net and others."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+LINEAR_ALGEBRA = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""Threads of numpy's matrix products: one, because edgemuse itself works on several rows at once."""
 FAILURE, BAD_INPUT = 1, 2
 
 
@@ -79,24 +83,25 @@ def cli(ctx: click.Context, debug: bool) -> None:
               "'export' made.  [default: the built-in model]")  # fmt: skip
 @click.option(
     "--profile",
-    type=click.Choice(["reference", "balanced"]),
+    type=click.Choice(["reference", "balanced", "fast"]),
     default="reference",
     show_default=True,
-    help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster.",
+    help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster. fast: "
+    "tiles as large as memory allows, at best the whole brain at once.",
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "openvino", "onnxruntime"]),
+    type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
     default="auto",
     show_default=True,
     help="auto: the first that works, see 'devices'.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
+    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
     default="auto",
     show_default=True,
-    help="auto: fp32.",
+    help="auto: the fastest that passed the bundle's accuracy gate, see 'info'; fp32 with the profile reference.",
 )
 @click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
@@ -128,26 +133,28 @@ def segment(
     \b
       sub-01_dseg.nii.gz      labels on the scan's own grid
       sub-01_dseg.tsv         what the labels mean
-      sub-01_volumes.csv      voxels and mm3 of every structure
+      sub-01_volumes.tsv      voxels and mm3 of every structure
+      sub-01_DLMUSE_Volumes.csv  with DLMUSE: the table that NiChart_DLMUSE writes
       sub-01_provenance.json  inputs, model, versions, seconds, memory
       sub-01_qc.png           slices with the labels over them: look at it
 
-    and their paths are printed. A scan that cannot be segmented does not stop the others. Exit code: 0 all done,
-    2 bad input or usage, 1 another failure.
+    and their paths are printed. Where a result should be looked at before it is used (the brain cut off, structures
+    missing or in pieces, strong noise, ...), a line says why, and so do the provenance and the picture. A scan that
+    cannot be segmented does not stop the others. Exit code: 0 all done, 2 bad input or usage, 1 another failure.
     """  # noqa: D301 click reads the backspace itself
     _show_log(verbose)
     _bind_threads(engine["threads"])
     from edgemuse.runtime.builtin import BUILT_IN
-    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.outputs import prepare_folder
-    from edgemuse.runtime.pipeline import Segmenter
+    from edgemuse.runtime.stages import segmenter_of
 
-    bundle = open_bundle(model or BUILT_IN)
+    opened = open_model(model or BUILT_IN)
     prepare_folder(scans, output, overwrite)
     codes = []
-    with Segmenter(bundle, _options(max_ram, not no_postprocess, **engine)) as segmenter:
+    with segmenter_of(opened, _options(max_ram, not no_postprocess, **engine)) as segmenter:
         for scan in scans:
-            codes.append(_guard(partial(_segment_one, segmenter, bundle, scan, output, not no_qc), debug=ctx.obj))
+            codes.append(_guard(partial(_segment_one, segmenter, scan, output, not no_qc), debug=ctx.obj))
     if any(codes):
         if len(scans) > 1:
             click.echo(f"edgemuse: {sum(map(bool, codes))} of {len(scans)} scans failed", err=True)
@@ -160,15 +167,15 @@ def segment(
 def info(model: Path | None, card: bool) -> None:
     """Show what a bundle holds, and check every file in it. Without BUNDLE: the built-in model."""
     from edgemuse.runtime.builtin import BUILT_IN, MODEL_CARD
-    from edgemuse.runtime.bundle import open_bundle
-    from edgemuse.runtime.describe import describe_bundle
+    from edgemuse.runtime.bundle import open_model
+    from edgemuse.runtime.describe import describe_model
 
     if card:
         click.echo(MODEL_CARD.read_text(encoding="utf-8"))
         return
-    bundle = open_bundle(model or BUILT_IN)
-    bundle.verify()
-    click.echo(describe_bundle(bundle))
+    opened = open_model(model or BUILT_IN)
+    opened.verify()
+    click.echo(describe_model(opened))
 
 
 @cli.command()
@@ -260,9 +267,11 @@ def _show_log(verbose: bool) -> None:
 
 
 def _bind_threads(threads: int | None) -> None:
-    """Linear algebra reads these once, on import."""
+    """Libraries read these once, on import."""
+    for variable in LINEAR_ALGEBRA:
+        os.environ.setdefault(variable, "1")
     if threads:
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def _options(max_ram: float | None, postprocess: bool, profile: str, **engine: Any) -> Options:
@@ -272,12 +281,12 @@ def _options(max_ram: float | None, postprocess: bool, profile: str, **engine: A
     return Options(profile, EngineOptions(**engine, cache_dir=default_cache_dir()), max_ram, postprocess)
 
 
-def _segment_one(segmenter: Segmenter, bundle: Bundle, scan: Path, output: Path, qc: bool) -> None:
+def _segment_one(segmenter: Segmenter | CascadeSegmenter, scan: Path, output: Path, qc: bool) -> None:
     from edgemuse.runtime.pipeline import write
 
     with _progress(scan) as progress:
         result = segmenter.segment(scan, progress)
-    for path in write(result, bundle, output, qc):
+    for path in write(result, output, qc):
         click.echo(path)
 
 

@@ -40,7 +40,7 @@ def run(output: Path, threads: int | None, progress: Callable[[int, int], None])
     options = replace(options, engine=replace(options.engine, threads=threads))
     with Segmenter(bundle, options) as segmenter:
         segmentation = segmenter.segment(SAMPLE_SCAN, progress)
-    paths = write(segmentation, bundle, output)
+    paths = write(segmentation, output)
     found = to_indices(segmentation.classes, bundle.manifest.labels)
     truth = read_image(open_scan(SAMPLE_TRUTH)).astype(found.dtype)
     return report(segmentation, found, truth), paths

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgemuse.engines.hardware import available_memory, machine
 from edgemuse.engines.registry import Status, statuses
-from edgemuse.runtime.bundle import Bundle
+from edgemuse.runtime.bundle import Bundle, Cascade, GateRow
 from edgemuse.runtime.labels import by_index
 from edgemuse.runtime.memory import gib
+
+
+def describe_model(model: Bundle | Cascade) -> str:
+    """A bundle, or a cascade and then both of its bundles."""
+    if isinstance(model, Bundle):
+        return describe_bundle(model)
+    manifest, fill = model.manifest, model.manifest.fill
+    filled = "stays background" if fill is None else f"becomes {fill.index} {fill.name} inside the mask"
+    lines = [
+        f"{model.name}  (licence: {manifest.license or 'not recorded'})",
+        f"  stages        mask: {model.mask.name}, then regions: {model.regions.name} inside it",
+        f"  orientation   {manifest.orientation}",
+        f"  crop          box of the mask, {manifest.padding_percent} % wider on each side",
+        f"  mask          {'its largest component' if manifest.keep_largest else 'as found'}",
+        f"  no label      {filled}",
+        f"  bundle SHA-256 {model.sha256}",
+        *(f"stage {role}\n{describe_bundle(getattr(model, role))}" for role in model.STAGES),
+    ]
+    return "\n".join(lines)
 
 
 def describe_bundle(bundle: Bundle) -> str:
@@ -26,10 +47,37 @@ def describe_bundle(bundle: Bundle) -> str:
         f"  bundle SHA-256 {bundle.sha256}",
         *_records("source", manifest.source),
         *_records("verification", manifest.verification),
+        *(_records("calibration", manifest.calibration) if manifest.calibration else []),
+        *_gate_table(manifest.gate),
         f"structures ({len(structures)})",
         *(f"  {label.index:>5} {label.name}" for label in structures),
     ]
     return "\n".join(lines)
+
+
+GATE_HEADER = ("profile", "backend", "precision", "seconds", "agreement", "Dice", "of fp32", "largest drop", "gate")
+
+
+def _gate_table(rows: Sequence[GateRow]) -> list[str]:
+    """The accuracy gate, a line a measurement; agreement is Dice with fp32 `reference`, Dice is against the truth."""
+    if not rows:
+        return ["accuracy gate: not measured, so auto is fp32; 'edgemuse calibrate' adds int8 and fp16"]
+    cells = [GATE_HEADER, *(_gate_cells(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(GATE_HEADER))]
+    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return ["accuracy gate", *(line.rstrip() for line in lines)]
+
+
+def _gate_cells(row: GateRow) -> tuple[str, ...]:
+    drop = "-" if row.drop is None else f"{row.drop:.3f} {row.worst}"
+    figures = (_figure(value, 4) for value in (row.agreement, row.dice, row.reference_dice))
+    outcome = "passed" if row.passed else f"failed: {'; '.join(row.failures)}"
+    backend = f"{row.backend} {row.device}"
+    return (row.profile, backend, row.precision, _figure(row.seconds, 2), *figures, drop, outcome)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _mb(bundle: Bundle, name: str) -> str:
@@ -56,7 +104,8 @@ def describe_devices() -> str:
         f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} cores, {gib(available_memory())} free",
         "backends, most preferred first:",
         *(line for status in statuses() for line in _backend(status)),
-        "auto takes the first backend that is usable, in fp32; name a backend or precision to override it",
+        "auto takes the first backend that is usable, in the fastest precision that passed the bundle's accuracy gate",
+        "(fp32 if none did); name a backend or precision to override it",
     ]
     return "\n".join(lines)
 

@@ -8,10 +8,13 @@ exist for more than a few thousand voxels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head
 from edgemuse.runtime.resample import AxisMatrices
 from edgemuse.runtime.types import Features, Labels, Shape
@@ -29,20 +32,20 @@ def classify(features: Features, head: Head | None, classes: int) -> Labels:
     """The class with the highest logit at each voxel; the first of equals, as `argmax` does.
 
     Args:
-        features: (F, ...), or logits (C, ...) where `head` is None.
+        features: (..., F), or logits (..., C) where `head` is None.
         head: from features to logits.
         classes: C.
     """
-    shape = features.shape[1:]
-    flat = np.ascontiguousarray(features).reshape(len(features), -1)
-    labels = np.empty(flat.shape[1], class_dtype(classes))
+    flat = features.reshape(-1, features.shape[-1])
+    labels = np.empty(len(flat), class_dtype(classes))
     weight = None if head is None else np.ascontiguousarray(head.weight.T)
-    for start in range(0, flat.shape[1], BLOCK):
-        block = flat[:, start : start + BLOCK].T
-        logits = np.ascontiguousarray(block) if weight is None or head is None else block @ weight + head.bias
-        # argmax along contiguous memory is vectorised; along the first axis it is ten times slower.
+    for start in range(0, len(flat), BLOCK):
+        logits = flat[start : start + BLOCK]
+        if weight is not None and head is not None:
+            logits = logits @ weight
+            logits += head.bias
         labels[start : start + BLOCK] = logits.argmax(axis=1)
-    return labels.reshape(shape)
+    return labels.reshape(features.shape[:-1])
 
 
 def label_slabs(
@@ -51,6 +54,7 @@ def label_slabs(
     classes: int,
     matrices: AxisMatrices,
     shape: Shape,
+    threads: int = 1,
 ) -> Labels:
     """Consume merged features and return class numbers of `shape` (d, h, w), the scan's grid inside the crop.
 
@@ -60,44 +64,62 @@ def label_slabs(
         classes: C.
         matrices: from the network's grid to `shape`.
         shape: of the result.
+        threads: rows that are worked on at once.
+
+    Raises:
+        BackendError: a feature is NaN or infinite.
     """
     labels = np.empty(shape, class_dtype(classes))
-    rows = _rows(slabs) if matrices[0] is None else _resampled_rows(slabs, matrices[0])
-    for row, plane in rows:  # so that only one row exists at the scan's spacing
-        labels[row] = classify(_resample_plane(plane, matrices), head, classes)
+    depth, *plane = matrices
+
+    def finish(task: Row) -> None:  # so that only one row a thread exists at the scan's spacing
+        row, rows, weights = task
+        mixed = rows[0] if weights is None else np.tensordot(weights, rows, 1)
+        if not np.isfinite(mixed.sum()):
+            raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
+        labels[row] = classify(_resample_plane(mixed, *plane), head, classes)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for tasks in _rows(slabs) if depth is None else _resampled_rows(slabs, depth):
+            list(pool.map(finish, tasks))  # before the next slab takes this one's place
     return labels
 
 
-def _rows(slabs: Iterable[tuple[int, Features]]) -> Iterator[tuple[int, Features]]:
-    """The rows (F, h, w) of the slabs as they are."""
+Row: TypeAlias = tuple[int, Features, NDArray[np.float32] | None]
+"""Number of a row of the result, the rows (n, h, w, F) it is made of, and their weights (n,) unless it is just one."""
+
+
+def _rows(slabs: Iterable[tuple[int, Features]]) -> Iterator[list[Row]]:
+    """The rows of each slab as they are."""
     for start, slab in slabs:
-        for offset in range(slab.shape[1]):
-            yield start + offset, slab[:, offset]
+        yield [(start + offset, slab[offset : offset + 1], None) for offset in range(len(slab))]
 
 
-def _resampled_rows(
-    slabs: Iterable[tuple[int, Features]], matrix: NDArray[np.float32]
-) -> Iterator[tuple[int, Features]]:
-    """Rows (F, h, w) on the output's depth grid, each as soon as the slabs it needs have come."""
+def _resampled_rows(slabs: Iterable[tuple[int, Features]], matrix: NDArray[np.float32]) -> Iterator[list[Row]]:
+    """The rows on the output's depth grid that each slab completes."""
     used = [np.flatnonzero(weights) for weights in matrix]
     first, carried, row = 0, None, 0
     for start, slab in slabs:
-        rows = slab if carried is None else np.concatenate([carried, slab], axis=1)
-        end = start + slab.shape[1]
+        rows = slab if carried is None else np.concatenate([carried, slab])
+        end = start + len(slab)
+        tasks: list[Row] = []
         while row < len(matrix) and used[row][-1] < end:
-            yield row, np.tensordot(rows[:, used[row] - first], matrix[row, used[row]], axes=(1, 0))
+            span = slice(used[row][0], used[row][-1] + 1)
+            tasks.append((row, rows[span.start - first : span.stop - first], matrix[row, span]))
             row += 1
+        yield tasks
         if row < len(matrix):
             needed = min(used[row][0], end)
-            carried = rows[:, needed - first :].copy()
+            carried = rows[needed - first :].copy()
             first = needed
 
 
-def _resample_plane(features: Features, matrices: AxisMatrices) -> Features:
-    """Resample the last two axes of (F, ..., h, w)."""
-    _, rows, columns = matrices
+def _resample_plane(
+    features: Features, rows: NDArray[np.float32] | None, columns: NDArray[np.float32] | None
+) -> Features:
+    """Resample the first two axes of (h, w, F)."""
     if rows is not None:
-        features = np.matmul(rows, features)
+        features = np.tensordot(rows, features, 1)
     if columns is not None:
-        features = np.matmul(features, columns.T)
+        features = np.matmul(columns, features)
     return features

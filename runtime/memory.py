@@ -11,6 +11,7 @@ from edgemuse.runtime.bundle import Network
 from edgemuse.runtime.geometry import reorientation
 from edgemuse.runtime.resample import resampled_shape, separate_axis
 from edgemuse.runtime.scan import Scan
+from edgemuse.runtime.tiles import TilePlan
 from edgemuse.runtime.types import Shape, Spacing
 
 BASE = 260 << 20
@@ -48,15 +49,21 @@ class MemoryPlan:
         return f"{gib(self.total)} at most ({detail})"
 
 
-def plan_memory(scan: Scan, network: Network, graph_bytes: int, mirrored: bool = False) -> MemoryPlan:
-    """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped."""
+def plan_memory(
+    scan: Scan, network: Network, graph_bytes: int, mirrored: bool = False, tiles: TilePlan | None = None
+) -> MemoryPlan:
+    """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped.
+
+    `tiles` None: patches, with features added up over their overlaps.
+    """
+    patch, single = (network.patch, False) if tiles is None else (tiles.patch, tiles.count == 1)
     turn = reorientation(scan.affine, network.orientation, network.transpose)
     shape = turn.shape(scan.shape)
     inner = resampled_shape(shape, turn.spacing(scan.zooms), network.spacing)
-    padded = [max(size, tile) for size, tile in zip(inner, network.patch, strict=True)]
+    padded = [max(size, tile) for size, tile in zip(inner, patch, strict=True)]
     voxels, inner_voxels = math.prod(scan.shape), math.prod(inner)
-    tile = math.prod(network.patch)
-    rows = network.patch[0] * math.prod(padded[1:])
+    tile = math.prod(patch)
+    rows = 0 if single else patch[0] * math.prod(padded[1:])
     carried = 0 if inner[0] == shape[0] else 2 * rows
     outputs = 4 if mirrored and network.mirror_axes else 2  # the engine's own, one on its way, and their mean
     return MemoryPlan(
@@ -77,9 +84,14 @@ def _resampling_bytes(shape: Shape, target: Shape, spacing: Spacing, network: Ne
     return total
 
 
+def memory_limit(max_ram: float | None) -> float:
+    """Bytes that a scan may take: `max_ram` GiB, or what is free here if that is None."""
+    return SHARE * (available_memory() + resident_memory()) if max_ram is None else max_ram * 2**30
+
+
 def check_memory(scan: Scan, plan: MemoryPlan, max_ram: float | None) -> None:
     """Raise MemoryLimitError if `plan` exceeds `max_ram` GiB, or what is free here if that is None."""
-    limit = SHARE * (available_memory() + resident_memory()) if max_ram is None else max_ram * 2**30
+    limit = memory_limit(max_ram)
     if plan.total <= limit:
         return
     source = "are free here" if max_ram is None else "are allowed by --max-ram"

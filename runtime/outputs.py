@@ -16,7 +16,9 @@ from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.scan import Scan, scan_stem
 from edgemuse.runtime.types import Labels
 
-NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.csv", "provenance.json", "qc.png")
+DLMUSE_CSV = "DLMUSE_Volumes.csv"
+"""Written for DLMUSE's labels alone."""
+NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", DLMUSE_CSV, "provenance.json", "qc.png")
 COMPRESSION = 4
 """gzip level: label maps shrink hardly more at higher ones."""
 

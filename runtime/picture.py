@@ -61,7 +61,14 @@ def to_bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
     return shown
 
 
-def picture(shown: NDArray[np.uint8], classes: Labels, affine: Affine, labels: Sequence[Label], caption: str) -> bytes:
+def picture(
+    shown: NDArray[np.uint8],
+    classes: Labels,
+    affine: Affine,
+    labels: Sequence[Label],
+    caption: str,
+    flags: Sequence[str] = (),
+) -> bytes:
     """A PNG of three axial, coronal and sagittal slices through the labelled region.
 
     Args:
@@ -70,19 +77,22 @@ def picture(shown: NDArray[np.uint8], classes: Labels, affine: Affine, labels: S
         affine: of both.
         labels: what the classes are, and their colours.
         caption: a line of text for the top.
+        flags: why the result should be looked at, for a second line.
     """
     turn = nib.io_orientation(affine)
     grey, numbers = nib.apply_orientation(shown, turn), nib.apply_orientation(classes, turn)
     sizes = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
     colours = np.array([_rgb(label) for label in labels], np.uint8)
     background = np.array([label.index == 0 for label in labels])
-    sheet = Image.new("RGB", (PANEL * len(SHARES), CAPTION + PANEL * len(PLANES)))
+    top = CAPTION * (2 if flags else 1)
+    sheet = Image.new("RGB", (PANEL * len(SHARES), top + PANEL * len(PLANES)))
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 5), caption, "white", ImageFont.load_default(14))
+    draw.text((8, 5 + CAPTION), f"look at: {', '.join(flags)}" if flags else "", "orange", ImageFont.load_default(14))
     for row, plane in enumerate(PLANES):
         for column, position in enumerate(_positions(numbers, plane.cut)):
             panel = _panel(_slice(grey, plane, position), _slice(numbers, plane, position), colours, background)
-            corner = (column * PANEL, CAPTION + row * PANEL)
+            corner = (column * PANEL, top + row * PANEL)
             sheet.paste(_fitted(panel, sizes[plane.across], sizes[plane.up]), corner)
             _letters(draw, plane, corner)
     stream = io.BytesIO()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,36 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from edgemuse.engines.errors import BackendError, BundleError
-from edgemuse.engines.hardware import machine, peak_memory
-from edgemuse.engines.protocol import Batch, Engine, EngineOptions
-from edgemuse.engines.registry import choose, open_engine
-from edgemuse.runtime import outputs, picture
-from edgemuse.runtime.bundle import Bundle, Network, open_bundle
+from edgemuse.engines.errors import BundleError
+from edgemuse.engines.fallback import open_with_fallback
+from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
+from edgemuse.engines.protocol import Engine, EngineOptions
+from edgemuse.engines.registry import open_engine
+from edgemuse.runtime import outputs, picture, quality
+from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.head import class_dtype, label_slabs
-from edgemuse.runtime.labels import count_voxels, dseg_tsv, to_indices, volumes_csv
-from edgemuse.runtime.memory import MemoryPlan, check_memory, plan_memory
+from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
+from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
+from edgemuse.runtime.muse import is_muse
 from edgemuse.runtime.postprocess import remove_islands
+from edgemuse.runtime.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.preprocess import Prepared, preprocess
 from edgemuse.runtime.profiles import PROFILES
+from edgemuse.runtime.quality import Flag, Subject
 from edgemuse.runtime.resample import output_matrices
-from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image
-from edgemuse.runtime.tiles import TilePlan, gaussian_window, merge_tiles, mirrored, plan_tiles
-from edgemuse.runtime.types import Labels
+from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image, scan_stem
+from edgemuse.runtime.tiles import (
+    MOST_VALUES,
+    TilePlan,
+    gaussian_window,
+    largest_tiles,
+    merge_tiles,
+    mirrored,
+    plan_tiles,
+)
+from edgemuse.runtime.types import Features, Labels, Shape
+from edgemuse.runtime.volumes import dlmuse_csv, volumes_tsv
 
 log = logging.getLogger("edgemuse")
 
@@ -62,6 +76,8 @@ class Segmentation:
         scan: what was segmented.
         shown: (i, j, k) its intensities as grey values, for pictures.
         classes: (i, j, k) class numbers.
+        labels: of the classes.
+        flags: why the result should be looked at before it is used.
         seconds: of each stage.
         provenance: how it was made.
     """
@@ -69,8 +85,24 @@ class Segmentation:
     scan: Scan
     shown: NDArray[np.uint8]
     classes: Labels
+    labels: tuple[Label, ...]
+    flags: tuple[Flag, ...]
     seconds: dict[str, float]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one network gave.
+
+    `classes`: (i, j, k) on the grid that was prepared; `removed`: voxels changed by removing islands.
+    """
+
+    classes: Labels
+    plan: TilePlan
+    engine: Engine
+    memory: MemoryPlan
+    removed: int
 
 
 def default_cache_dir() -> Path:
@@ -83,16 +115,23 @@ class Segmenter:
     """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        self.bundle, self.options = bundle, replace(options, engine=choose(options.engine)[1])
+        self.bundle, self.options, self._asked = bundle, options, options.engine
+        self._instead_of = ""
+        self._choose(options.engine)
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
         self._engine: Engine | None = None
+        self._tile: Shape | None = None
 
     def __enter__(self) -> Segmenter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -106,15 +145,33 @@ class Segmenter:
             scan = open_scan(path)
             memory = self.plan(scan)
             check_memory(scan, memory, self.options.max_ram)
+            log.info("memory: %s", memory)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
             shown = picture.to_bytes(image)
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
             del image
-            plan = plan_tiles(_shape(prepared), self.network.patch, self.profile.step)
+        run = self.run(scan, prepared, watch, progress)
+        del prepared
+        with watch.stage("quality"):
+            subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
+            flags = flagged(scan, subject)
+        provenance = self.provenance(scan, run, watch.seconds) | quality.record(flags)
+        return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
+
+    def run(
+        self,
+        scan: Scan,
+        prepared: Prepared,
+        watch: Stopwatch,
+        progress: Callable[[int, int], None],
+        held: int = 0,
+    ) -> Run:
+        """From the network's input, made of `scan`, to classes on its grid. `held`: bytes taken by other things."""
+        plan, memory = self._tiles(scan, _shape(prepared), held)
         with watch.stage("engine"):
-            engine = self.engine()
+            engine = self.engine(plan.patch)
         with watch.stage("infer"):
             classes = self._classes(engine, prepared, plan, progress)
         with watch.stage("restore"):
@@ -123,26 +180,32 @@ class Segmenter:
         if self.options.postprocess:
             with watch.stage("postprocess"):
                 removed = remove_islands(restored, self.bundle.manifest.labels)
-        provenance = self._provenance(scan, plan, engine, memory, watch.seconds)
-        provenance["postprocess"] = {"done": self.options.postprocess, "voxels_changed": removed}
-        return Segmentation(scan, shown, restored, watch.seconds, provenance)
+        return Run(restored, plan, engine, memory, removed)
 
-    @cached_property
-    def _window(self) -> NDArray[np.float32]:
-        return gaussian_window(self.network.patch)
-
-    def plan(self, scan: Scan) -> MemoryPlan:
-        """The memory that `scan` will take at most."""
+    def plan(self, scan: Scan, tiles: TilePlan | None = None) -> MemoryPlan:
+        """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
-        memory = plan_memory(scan, self.network, graph_bytes, self.profile.mirror)
-        log.info("memory: %s", memory)
-        return memory
+        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles)
 
-    def engine(self) -> Engine:
-        """The engine for one patch, opened on first use."""
-        if self._engine is None:
-            shape = (1, 1, *self.network.patch)
-            self._engine = open_engine(self.bundle.graph("fp32"), shape, self.options.engine)
+    def _tiles(self, scan: Scan, shape: Shape, held: int) -> tuple[TilePlan, MemoryPlan]:
+        """The tiles for an image of `shape`, and the memory they take: patches, or the largest tiles that fit."""
+        if not self.profile.large_tiles:
+            return plan_tiles(shape, self.network.patch, self.profile.step), self.plan(scan)
+        limit = memory_limit(self.options.max_ram) - held
+        for tiles in largest_tiles(shape, self.network.patch, self.network.stride):
+            memory = self.plan(scan, tiles)
+            if memory.total <= limit and math.prod(tiles.patch) * self.network.channels_out <= MOST_VALUES:
+                break
+        return tiles, memory
+
+    def engine(self, tile: Shape) -> Engine:
+        """The engine for tiles of shape `tile`, opened on first use."""
+        if self._engine is None or self._tile != tile:
+            self.close()
+            self._tile = tile
+            chosen = self.options.engine
+            replaceable = chosen.device != "CPU" and (self._asked.backend, self._asked.device) == ("auto", "auto")
+            self._engine = open_with_fallback(self._open, chosen, self._cpu if replaceable else None)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -152,30 +215,49 @@ class Segmenter:
             )
         return self._engine
 
+    def _choose(self, asked: EngineOptions) -> EngineOptions:
+        """Make the options for the engine definite; raises BackendError or BundleError if there is no such engine."""
+        chosen = choose_engine(self.bundle, self.options.profile, asked)
+        self.options = replace(self.options, engine=chosen)
+        self.verdict = verdict(self.bundle, self.options.profile, chosen)
+        _warn_accuracy(self.options.profile, chosen.precision, self.verdict)
+        return chosen
+
+    def _open(self, options: EngineOptions) -> Engine:
+        graph = self.bundle.graph(stored_precision(options.precision))
+        return open_engine(graph, (1, 1, *(self._tile or self.network.patch)), options)
+
+    def _cpu(self, reason: str) -> EngineOptions:
+        """What takes over, for this scan and all later ones, from a GPU that failed."""
+        self._instead_of = reason
+        return self._choose(replace(self._asked, device="CPU"))
+
     def _classes(
         self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
     ) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        slabs = merge_tiles(prepared.image, plan, self._window, infer, lambda: progress(next(done), plan.count))
+        window = gaussian_window(plan.patch) if plan.count > 1 else np.ones(plan.patch, np.float32)
+        slabs = merge_tiles(prepared.image, plan, window, infer, lambda: progress(next(done), plan.count))
         network = self.network
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
-        return label_slabs(_finite(slabs), self.head, network.classes, matrices, prepared.box_shape)
+        threads = self.options.engine.threads or cpu_cores()
+        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, threads)
 
-    def _infer(self, engine: Engine, tile: Batch) -> Batch:
-        features = engine.infer(tile)
-        expected = (1, self.network.channels_out, *self.network.patch)
+    def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
+        features = engine.infer(tile[None, None])
+        expected = (1, self.network.channels_out, *tile.shape)
         if features.shape != expected:
             raise BundleError(
                 f"{self.bundle.path}: the graph returns {features.shape}, its manifest says {expected}; export it again"
             )
-        return features
+        return np.ascontiguousarray(np.moveaxis(features[0], 0, -1))
 
-    def _provenance(
-        self, scan: Scan, plan: TilePlan, engine: Engine, memory: MemoryPlan, seconds: dict[str, float]
-    ) -> dict[str, Any]:
+    def provenance(self, scan: Scan, run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+        """How `run` was made of `scan`, for people and for making it again."""
+        plan, engine = run.plan, run.engine
         mirrored_axes = list(self.network.mirror_axes) if self.profile.mirror else []
         return {
             "edgemuse": version("edgemuse"),
@@ -192,65 +274,96 @@ class Segmenter:
                 "version": engine.version,
                 "device": engine.device,
                 "precision": engine.precision,
+                "gate": self.verdict,
                 "threads": self.options.engine.threads,
+                "instead_of": self._instead_of,
             },
             "profile": {
                 "name": self.options.profile,
                 "tiles": plan.count,
-                "step": self.profile.step,
+                "tile": plan.patch,
                 "mirrored_axes": mirrored_axes,
             },
+            "postprocess": {"done": self.options.postprocess, "voxels_changed": run.removed},
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("numpy", "scipy", "nibabel")},
             "machine": machine(),
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
-            "memory": {"planned_bytes": memory.total, "peak_bytes": peak_memory()},
+            "memory": {"planned_bytes": run.memory.total, "peak_bytes": peak_memory()},
         }
 
 
 class Stopwatch:
-    """Seconds of each stage, logged as they end."""
+    """Seconds of each stage, logged as they end; `prefix` stands before every name."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.seconds = prefix, dict[str, float]()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block under `name`."""
-        start = time.perf_counter()
+        name, start = self.prefix + name, time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
         log.info("%s: %.2f s", name, self.seconds[name])
 
 
+def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
+    """Why the result for `scan` should be looked at; says so in the log as well."""
+    flags = quality.assess(subject)
+    if flags:
+        log.warning("%s: look at this result: %s", scan.path, quality.summary(flags))
+    return flags
+
+
 def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
-    """Segment one scan with the bundle at `bundle`. For several scans keep a `Segmenter`."""
-    with Segmenter(open_bundle(bundle), options or Options()) as segmenter:
+    """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
+    from edgemuse.runtime.stages import open_segmenter  # which is made of what stands here
+
+    with open_segmenter(bundle, options or Options()) as segmenter:
         return segmenter.segment(path)
 
 
-def write(segmentation: Segmentation, bundle: Bundle, folder: Path, with_picture: bool = True) -> list[Path]:
+def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -> list[Path]:
     """Write the label map, its legend, the volumes, the provenance and a picture into `folder`; returns their paths."""
-    labels, scan = bundle.manifest.labels, segmentation.scan
+    labels, scan = segmentation.labels, segmentation.scan
     start = time.perf_counter()
     counts = count_voxels(segmentation.classes, labels)
     voxel_mm3 = float(abs(np.linalg.det(scan.affine[:3, :3])))
     contents = {
         "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
         "dseg.tsv": dseg_tsv(labels).encode(),
-        "volumes.csv": volumes_csv(counts, labels, voxel_mm3).encode(),
+        "volumes.tsv": volumes_tsv(structure_voxels(counts, labels), labels, voxel_mm3).encode(),
     }
+    if is_muse(labels):
+        table = dlmuse_csv(scan_stem(scan.path), structure_voxels(counts, labels), voxel_mm3)
+        contents[outputs.DLMUSE_CSV] = table.encode()
     if with_picture:
         found = sum(1 for label in labels if label.index and counts[label.number])
         litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6
-        caption = f"{scan.path.name}   {bundle.manifest.name}   {found} structures   {litres:.2f} l"
-        contents["qc.png"] = picture.picture(segmentation.shown, segmentation.classes, scan.affine, labels, caption)
+        caption = f"{scan.path.name}   {segmentation.provenance['model']['name']}   {found} structures   {litres:.2f} l"
+        names = [flag.name for flag in segmentation.flags]
+        shown, classes = segmentation.shown, segmentation.classes
+        contents["qc.png"] = picture.picture(shown, classes, scan.affine, labels, caption, names)
     seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
     provenance = segmentation.provenance | {"seconds": seconds}
     contents["provenance.json"] = (json.dumps(provenance, indent=2) + "\n").encode()
     paths = outputs.output_paths(scan.path, folder)
     outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES if name in contents})
     return [paths[name] for name in outputs.NAMES if name in contents]
+
+
+def _warn_accuracy(profile: str, precision: str, gate: str) -> None:
+    """fp32 needs no proof, but may fail: tiles of another size have another normalisation."""
+    if gate == "passed" or (precision == "fp32" and gate == NOT_MEASURED):
+        return
+    log.warning(
+        "the accuracy of %s with the profile %s is not proven for this bundle and backend: %s; 'edgemuse info' shows "
+        "what passed, 'edgemuse calibrate' measures",
+        precision,
+        profile,
+        gate,
+    )
 
 
 def _warn_orientation(scan: Scan, network: Network) -> None:
@@ -263,13 +376,6 @@ def _warn_orientation(scan: Scan, network: Network) -> None:
         )
 
 
-def _finite(slabs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    for start, slab in slabs:
-        if not np.isfinite(slab.sum(dtype=np.float64)):
-            raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
-        yield start, slab
-
-
 def _restore(classes: Labels, prepared: Prepared, count: int) -> Labels:
     """Paste the crop's classes into the whole grid, background elsewhere, and turn it back to (i, j, k)."""
     whole = np.zeros(prepared.grid_shape, class_dtype(count))
@@ -277,6 +383,6 @@ def _restore(classes: Labels, prepared: Prepared, count: int) -> Labels:
     return prepared.reorientation.undo(whole)
 
 
-def _shape(prepared: Prepared) -> tuple[int, int, int]:
+def _shape(prepared: Prepared) -> Shape:
     d, h, w = prepared.image.shape
     return d, h, w

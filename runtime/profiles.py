@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """`step`: distance between tiles in patches; `mirror`: average over the mirrorings the checkpoint allows."""
+    """`mirror`: average over the mirrorings the checkpoint allows; `large_tiles`: as large as memory allows.
 
-    step: float
+    `step`: distance between tiles in patches, where they are patches.
+    """
+
     mirror: bool
+    large_tiles: bool = False
+    step: float = 0.5
 
 
 PROFILES = {
-    "reference": Profile(0.5, mirror=True),  # label for label what nnU-Net's own predictor gives
-    "balanced": Profile(0.5, mirror=False),  # up to eight times faster
+    "reference": Profile(mirror=True),  # label for label what nnU-Net's own predictor gives
+    "balanced": Profile(mirror=False),  # up to eight times faster
+    "fast": Profile(mirror=False, large_tiles=True),  # if memory allows, the whole brain at once
 }

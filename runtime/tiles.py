@@ -17,8 +17,10 @@ from scipy import ndimage
 
 from edgemuse.runtime.types import Features, Image, Shape
 
-Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""(1, 1, d, h, w) -> (1, F, d, h, w)"""
+Infer = Callable[[NDArray[np.float32]], Features]
+"""(d, h, w) -> (d, h, w, F)"""
+MOST_VALUES = 1 << 30
+"""In one feature map: libraries count in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,44 @@ class TilePlan:
 
 def plan_tiles(shape: Shape, patch: Shape, step: float) -> TilePlan:
     """nnU-Net's grid: evenly spread starts, at most `step` patches apart, the image centred in its zero padding."""
+    return _spread(shape, patch, [size * step for size in patch])
+
+
+def largest_tiles(shape: Shape, patch: Shape, stride: Shape) -> Iterator[TilePlan]:
+    """Ever more and smaller tiles: first one for the whole image, last the patch; neighbours share half a patch.
+
+    Tiles are multiples of `stride` and may be smaller than the patch where the image is. Of plans with equally many
+    tiles the one with the smallest comes first.
+    """
+    most = [math.ceil(2 * size / side) for size, side in zip(shape, patch, strict=True)]
+    plans = []
+    for counts in itertools.product(*(range(1, max(count, 1) + 1) for count in most)):
+        tile = [_side(*axis) for axis in zip(shape, counts, patch, stride, strict=True)]
+        apart = [max(side - half // 2, 1) for side, half in zip(tile, patch, strict=True)]
+        plans.append(_spread(shape, (tile[0], tile[1], tile[2]), apart))
+    plans.sort(key=lambda plan: (plan.count, math.prod(plan.patch)))
+    yield from plans
+
+
+def _side(size: int, count: int, patch: int, stride: int) -> int:
+    """Side of `count` tiles that cover `size` and share half a patch, not smaller than a patch unless one does."""
+    side = math.ceil((size + (count - 1) * (patch // 2)) / count)
+    return -(-(side if count == 1 else max(side, patch)) // stride) * stride
+
+
+def _spread(shape: Shape, patch: Shape, apart: Sequence[float]) -> TilePlan:
+    """Tiles at most `apart` voxels from one another."""
     missing = [max(tile - size, 0) for size, tile in zip(shape, patch, strict=True)]
     d, h, w = ((gap // 2, gap - gap // 2) for gap in missing)
-    starts = (tile_starts(max(size, tile), tile, step) for size, tile in zip(shape, patch, strict=True))
-    start_d, start_h, start_w = starts
+    sizes = (max(size, tile) for size, tile in zip(shape, patch, strict=True))
+    start_d, start_h, start_w = (tile_starts(*axis) for axis in zip(sizes, patch, apart, strict=True))
     return TilePlan(shape, patch, (d, h, w), (start_d, start_h, start_w))
 
 
-def tile_starts(size: int, tile: int, step: float) -> tuple[int, ...]:
+def tile_starts(size: int, tile: int, apart: float) -> tuple[int, ...]:
     """First voxels of the tiles along one axis, as nnU-Net's `compute_steps_for_sliding_window` gives them."""
     last = size - tile
-    count = math.ceil(last / (tile * step)) + 1
+    count = math.ceil(last / apart) + 1
     return tuple(round(last / (count - 1) * n) for n in range(count)) if count > 1 else (0,)
 
 
@@ -68,14 +97,14 @@ def gaussian_window(patch: Shape) -> NDArray[np.float32]:
 
 def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
     """Average `infer` over every combination of mirrored `axes` of (d, h, w), each mirrored back."""
-    flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([axis + 2 for axis in axes], n)]
+    flips = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
     if len(flips) == 1:
         return infer
 
-    def averaged(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        total = infer(batch).copy()
+    def averaged(tile: NDArray[np.float32]) -> Features:
+        total = infer(tile).copy()
         for flip in flips[1:]:
-            total += np.flip(infer(np.ascontiguousarray(np.flip(batch, flip))), flip)
+            total += np.flip(infer(np.ascontiguousarray(np.flip(tile, flip))), flip)
         total /= len(flips)
         return total
 
@@ -90,7 +119,7 @@ def merge_tiles(
     progress: Callable[[], None] = lambda: None,
     dtype: DTypeLike = np.float32,
 ) -> Iterator[tuple[int, Features]]:
-    """Run every tile and yield the weighted mean of their features, (F, n, h, w), slab after slab along depth.
+    """Run every tile and yield the weighted mean of their features, (n, h, w, F), slab after slab along depth.
 
     Args:
         image: (d, h, w), of `plan.shape`.
@@ -106,31 +135,36 @@ def merge_tiles(
     padded = np.pad(image, plan.pad)
     (top, _), (left, _), (near, _) = plan.pad
     _, height, width = plan.shape
+    if plan.count == 1:
+        features = infer(padded).astype(dtype, copy=False)
+        progress()
+        yield 0, features[top : top + plan.shape[0], left : left + height, near : near + width]
+        return
     depth = plan.patch[0]
     weights = np.zeros((depth, *padded.shape[1:]), dtype)
     total: Features | None = None
     for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
         for row, column in itertools.product(*plan.starts[1:]):
             tile = _tile(padded, (start, row, column), plan.patch)
-            features = infer(tile)[0]
+            features = infer(tile)
             progress()
             if total is None:
-                total = np.zeros((len(features), *weights.shape), dtype)
+                total = np.zeros((*weights.shape, features.shape[-1]), dtype)
             _add(total, weights, features, window, (row, column))
         assert total is not None
         done = min(following - start, depth)
-        total[:, :done] /= weights[:done]
+        total[:done] /= weights[:done, ..., None]
         first, last = max(start, top), min(start + done, top + plan.shape[0])
         if first < last:
             rows = slice(first - start, last - start)
-            yield first - top, total[:, rows, left : left + height, near : near + width]
+            yield first - top, total[rows, left : left + height, near : near + width]
         _advance(total, done)
-        _advance(weights[None], done)
+        _advance(weights, done)
 
 
 def _tile(padded: Image, corner: Shape, patch: Shape) -> NDArray[np.float32]:
     window = tuple(slice(first, first + size) for first, size in zip(corner, patch, strict=True))
-    return np.ascontiguousarray(padded[window])[None, None]
+    return np.ascontiguousarray(padded[window])
 
 
 def _add(
@@ -142,16 +176,16 @@ def _add(
 ) -> None:
     rows, columns = (slice(first, first + size) for first, size in zip(corner, window.shape[1:], strict=True))
     if total.dtype == features.dtype:
-        features *= window
+        features *= window[..., None]
     else:
-        features = features * window.astype(total.dtype)
-    total[:, :, rows, columns] += features
+        features = features * window[..., None].astype(total.dtype)
+    total[:, rows, columns] += features
     weights[:, rows, columns] += window
 
 
 def _advance(sums: Features, done: int) -> None:
-    """Drop the first `done` rows of (F, d, h, w), move the others up and clear what is left behind them."""
-    kept = sums.shape[1] - done
+    """Drop the first `done` rows, move the others up and clear what is left behind them."""
+    kept = len(sums) - done
     for row in range(kept):  # row by row, because numpy copies overlapping arrays through a temporary one
-        sums[:, row] = sums[:, row + done]
-    sums[:, kept:] = 0
+        sums[row] = sums[row + done]
+    sums[kept:] = 0

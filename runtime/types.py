@@ -15,7 +15,7 @@ Image: TypeAlias = NDArray[np.float32]
 Labels: TypeAlias = NDArray[np.unsignedinteger]
 """(i, j, k) or (d, h, w) class or label numbers."""
 Features: TypeAlias = NDArray[np.floating]
-"""(F, d, h, w): what the network gives before its head, or logits where the head is not deferred."""
+"""(d, h, w, F): what the network gives before its head, or logits where the head is not deferred."""
 Shape: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 """Millimetres between voxel centres, one per axis of the array it belongs to."""

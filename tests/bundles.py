@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
 
-from edgemuse.runtime.bundle import MANIFEST, Manifest, Network, Normalization, Resampling, file_entry
+from edgemuse.export.writer import write_cascade
+from edgemuse.runtime.bundle import (
+    MANIFEST,
+    CascadeManifest,
+    GateRow,
+    Manifest,
+    Network,
+    Normalization,
+    Resampling,
+    file_entry,
+    open_bundle,
+)
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.labels import Label
 
@@ -47,6 +59,7 @@ class Tiny:
     use_mask: bool = False
     labels: tuple[Label, ...] | None = None
     seed: int = 0
+    threshold: bool = False  # no random weights: class 1 where the mean of 27 voxels is over the scan's
 
     @property
     def channels(self) -> int:
@@ -56,6 +69,10 @@ class Tiny:
 
 def conv_weights(tiny: Tiny) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weight (channels, 1, 3, 3, 3) and bias (channels,) of the network."""
+    if tiny.threshold:
+        weight = np.zeros((tiny.channels, 1, 3, 3, 3), np.float32)
+        weight[1] = 1 / 27
+        return weight, np.zeros(tiny.channels, np.float32)
     rng = np.random.default_rng(tiny.seed)
     weight = rng.normal(0, 0.3, (tiny.channels, 1, 3, 3, 3)).astype(np.float32)
     return weight, rng.normal(0, 0.1, tiny.channels).astype(np.float32)
@@ -150,6 +167,48 @@ def tiny_bundle(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def tiny_cascade(path: Path, mask: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Write a cascade to `path`: a mask of the brighter half of the scan, then a random network of 6 classes.
+
+    `mask` changes the first network, `changes` are fields of CascadeManifest. Returns `path`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        first = {"classes": 2, "deferred": False, "threshold": True} | (mask or {})
+        bundles = tiny_bundle(Path(folder) / "mask", **first), tiny_bundle(Path(folder) / "regions", seed=3)
+        opened = [open_bundle(bundle) for bundle in bundles]
+        manifest = CascadeManifest(
+            name="tiny cascade",
+            license="CC0-1.0",
+            orientation="LPS",
+            stages={role: bundle.sha256 for role, bundle in zip(("mask", "regions"), opened, strict=True)},
+            padding_percent=10,
+            keep_largest=False,
+            plausible_mm3=None,
+            fill=Label(6, 1, "filled"),
+        )
+        return write_cascade(path, replace(manifest, **changes), *opened)
+
+
+def gate_row(**changes: Any) -> GateRow:
+    """A row of the gate that passed: OpenVINO, int8, `balanced`."""
+    row = GateRow(
+        backend="openvino",
+        version="2026.4",
+        device="CPU",
+        precision="int8",
+        profile="balanced",
+        processor="a processor",
+        scans=2,
+        seconds=1.5,
+        agreement=0.987,
+        dice=0.7,
+        reference_dice=0.701,
+        drop=0.01,
+        worst="structure 3",
+    )
+    return replace(row, **changes)
+
+
 def edit_manifest(folder: Path, **changes: Any) -> Path:
     """Change top-level keys of the bundle's manifest; returns `folder`."""
     path = folder / MANIFEST
@@ -168,8 +227,8 @@ def replace_file(folder: Path, name: str, data: bytes) -> Path:
 def zip_bundle(folder: Path, path: Path, compression: int = zipfile.ZIP_DEFLATED) -> Path:
     """The bundle in `folder` as the zip file `path`."""
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(file, file.relative_to(folder))
     return path
 
 
@@ -204,11 +263,21 @@ def write_scan(
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command did."""
+    """What a command did.
+
+    `flags`: the lines of `err` that ask to look at a result. Tiny scans always give some, so they stand apart.
+    """
 
     code: int
     out: str
     err: str
+    flags: tuple[str, ...] = ()
+
+
+def ran(code: int, out: str, err: str) -> Ran:
+    """What a command did, from its exit code and its two streams."""
+    flags = tuple(line for line in err.splitlines() if ": look at this result: " in line)
+    return Ran(code, out, "".join(line for line in err.splitlines(True) if line.rstrip("\n") not in flags), flags)
 
 
 class CommandLine:
@@ -231,7 +300,7 @@ class CommandLine:
         for logger, (level, handlers) in zip(loggers, before, strict=True):
             logger.setLevel(level)
             logger.handlers = handlers
-        return Ran(code, *self.capfd.readouterr())
+        return ran(code, *self.capfd.readouterr())
 
 
 def _exit_code(function: Callable[[], None]) -> int:
@@ -254,7 +323,7 @@ def run_process(*arguments: object, cache_dir: Path, prelude: str = "") -> Ran:
         timeout=120,
         check=False,
     )
-    return Ran(done.returncode, done.stdout, done.stderr)
+    return ran(done.returncode, done.stdout, done.stderr)
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -27,8 +27,12 @@ MAY_IMPORT = {
 }
 RUNTIME_LIBRARIES = {"PIL", "click", "nibabel", "numpy", "platformdirs", "scipy"}
 ENGINE_LIBRARIES = {"numpy"}
-EXCEPTIONS = {"engines/hardware.py": {"psutil"}}
-"""What a single file may import besides: memory and processors are asked for in one place."""
+EXCEPTIONS = {
+    "engines/hardware.py": {"psutil"},
+    "engines/tensorrt.py": {"tensorrt_rtx"},
+    "engines/tensorrt_cuda.py": {"cuda"},
+}
+"""What a single file may import besides: memory and processors are asked for in one place, and so is CUDA."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRESENT = [folder for folder in FOLDERS if (ROOT / folder).is_dir()]
 MODULES = [path for folder in PRESENT for path in sorted((ROOT / folder).rglob("*.py"))]

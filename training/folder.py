@@ -15,7 +15,7 @@ from edgemuse.runtime.types import Shape
 from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
 
 FEATURES = (16, 32, 64, 128, 256)
-PATCH: Shape = (80, 96, 80)
+PATCH: Shape = (96, 128, 96)
 SPACING = 1.5
 """mm"""
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"

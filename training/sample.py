@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgemuse.training.labelmaps import INDICES, LabelMap, class_table, find_label_maps, read_label_map
 from edgemuse.training.synthesis import Look, draw_look, draw_scan, generator, t1_intensities, uniform
 
-SEED = 41
+SEED = 44
 
 
 def usual_look(g: torch.Generator, stripped: bool) -> Look:
@@ -58,11 +58,23 @@ def save_scan(path: Path, volume: NDArray[np.uint8]) -> Path:
 @click.argument("labelmaps", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--seed", default=SEED)
-def main(labelmaps: Path, output: Path, seed: int) -> None:
+@click.option("--held-out", is_flag=True, help="Two scans, one skull-stripped, of every held-out map, for measuring.")
+def main(labelmaps: Path, output: Path, seed: int, held_out: bool) -> None:
     """Write sample_T1w.nii.gz and sample_dseg.nii.gz, made from the first held-out map of LABELMAPS."""
-    image, truth = make_scan(read_label_map(find_label_maps(labelmaps, held_out=True)[0]), seed, stripped=False)
+    maps = find_label_maps(labelmaps, held_out=True)
+    if not held_out:
+        _write(maps[0], output, "sample", seed, stripped=False)
+        return
+    for number, path in enumerate(maps):
+        for stripped in (False, True):
+            name = f"heldout-{number + 1}-{'brain' if stripped else 'head'}"
+            _write(path, output, name, seed + 1 + number, stripped)
+
+
+def _write(path: Path, output: Path, stem: str, seed: int, stripped: bool) -> None:
+    image, truth = make_scan(read_label_map(path), seed, stripped)
     for name, volume in (("T1w", image), ("dseg", truth)):
-        click.echo(save_scan(output / f"sample_{name}.nii.gz", volume))
+        click.echo(save_scan(output / f"{stem}_{name}.nii.gz", volume))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ class Look:
 
 def generator(seed: int, index: int) -> torch.Generator:
     """The random numbers of sample `index`: every sample can be made again alone."""
-    return torch.Generator().manual_seed((seed << 32) + index)
+    mixed = np.random.SeedSequence((seed, index)).generate_state(1)  # PyTorch's generator takes 32 bits
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def uniform(g: torch.Generator, low: float, high: float) -> float:

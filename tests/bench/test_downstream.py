@@ -110,15 +110,15 @@ def test_a_folder_of_segmentations_is_a_table_too(files, command, tmp_path):
     folder = tmp_path / "segmented"
     folder.mkdir()
     for subject, volumes in table.iterrows():
-        rows = [f"{n},{name},0,{volume!r}" for n, (name, volume) in enumerate(volumes.items())]
-        (folder / f"{subject}_volumes.csv").write_text("\n".join(["index,name,voxels,volume_mm3", *rows]))
+        rows = [f"{n}\t{name}\t0\t{volume!r}" for n, (name, volume) in enumerate(volumes.items())]
+        (folder / f"{subject}_volumes.tsv").write_text("\n".join(["index\tname\tvoxels\tvolume_mm3", *rows]))
     ran = command("bench", "downstream", files[0], folder, "--covariates", files[2])
     assert ran.out.count("no difference shown") == 3
     assert f"of {SUBJECTS} subjects" in ran.out
-    (folder / "x_volumes.csv").write_text("name,volume_mm3\na,1\na,2\n")
+    (folder / "x_volumes.tsv").write_text("name\tvolume_mm3\na\t1\na\t2\n")
     assert "not volumes" in command("bench", "downstream", files[0], folder, "--covariates", files[2]).err
     empty = command("bench", "downstream", files[0], tmp_path, "--covariates", files[2])
-    assert "no *_volumes.csv" in empty.err
+    assert "no *_volumes.tsv" in empty.err
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,9 @@ def test_an_engine_with_two_channels_swapped_is_flagged(tmp_path):
 
     def classes(swap):
         with Segmenter(bundle, options) as segmenter:
-            infer = segmenter.engine().infer
-            segmenter.engine().infer = lambda tile: infer(tile)[:, [0, 2, 1, 3, 4, 5]] if swap else infer(tile)
+            engine = segmenter.engine(bundle.manifest.network.patch)
+            infer = engine.infer
+            engine.infer = lambda tile: infer(tile)[:, [0, 2, 1, 3, 4, 5]] if swap else infer(tile)
             return segmenter.segment(scan).classes.astype(np.int64)
 
     right, wrong = classes(swap=False), classes(swap=True)

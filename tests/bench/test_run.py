@@ -2,10 +2,12 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
-from bundles import CommandLine, head_image, tiny_bundle, write_scan
+from bundles import CommandLine, head_image, tiny_bundle, tiny_cascade, write_scan
 
 for package in ("matplotlib", "SimpleITK", "onnx"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
@@ -15,7 +17,7 @@ from edgemuse.bench.process import ProcessFailure, joules_between, measure
 from edgemuse.bench.rows import CONTEXT, NAME, Results, read_rows
 from edgemuse.bench.run import find_scans, schedule, truth_of
 from edgemuse.bench.systems import System, all_systems, baseline, parse_system, select
-from edgemuse.bench.worker import STAGES
+from edgemuse.bench.worker import STAGES, Stages
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.bundle import open_bundle
 
@@ -79,6 +81,66 @@ def test_a_system_that_fails_is_a_row_with_its_reason(command, data, tmp_path):
     failed = [row for row in read_rows(tmp_path / "r") if row["kind"] == "run" and row["failed"]]
     assert [(row["scan"], row["round"]) for row in failed] == [("c", 0)]
     assert "every voxel is 7" in failed[0]["error"]
+
+
+def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_folder):
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
+    from edgemuse.export.exporter import ExportOptions, export_model
+
+    folder = model_folder(mirror_axes=None)
+    bundle = export_model(folder, tmp_path / "model.bundle", ExportOptions(orientation="LPS"))
+    (data / "b_T1w.nii.gz").unlink()
+    for name in ("a", "b"):
+        (data / f"{name}_dseg.nii.gz").unlink()
+    report = tmp_path / "report"
+    arguments = ["bench", bundle, "--data", data, "-o", report, "--reference", folder, "--repeats", 1]
+    ran = command(*arguments, "--systems", "nnunet/eager", "--systems", "nnunet/channels-last", "--systems", OURS)
+    assert ran.code == 0, ran.err
+    rows = read_rows(report)
+    for row in rows:
+        if row["kind"] == "run":
+            assert min(row["stages"].values()) >= 0
+            assert row["stages"]["infer"] > 0
+    same = {row["system"]: row["agreement"] for row in rows if row["kind"] == "accuracy"}
+    assert set(same) == {"nnunet/eager", "nnunet/channels-last", OURS}
+    assert min(same.values()) > 0.99  # nnU-Net sums in half precision
+    assert len(np.unique(read_labels(report / "labels" / "nnunet_eager" / "a_dseg.nii.gz")[0])) > 3
+
+
+def test_a_cascade_is_measured(command, data, tmp_path):
+    cascade, report = tiny_cascade(tmp_path / "tiny.cascade"), tmp_path / "report"
+    arguments = ["bench", cascade, "--data", data, "-o", report, "--systems", OURS, "--repeats", 1]
+    ran = command(*arguments)
+    assert ran.code == 0, ran.err
+    row = next(row for row in read_rows(report) if row["kind"] == "run")
+    assert set(row["engine"]) == {"mask", "regions"}
+    assert set(row["stages"]) == set(STAGES)
+    assert sum(row["stages"].values()) == pytest.approx(row["seconds"])
+    refused = command(*arguments, "--reference", tmp_path)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "cascade" in refused.err
+
+
+def test_a_stage_that_several_threads_are_in_counts_once():
+    from threading import Barrier
+
+    stages = Stages()
+    barrier = Barrier(3)
+
+    def work():
+        if barrier.wait(10) == 0:
+            clock[0] += 1
+        barrier.wait(10)
+
+    def now():
+        return clock[0]
+
+    clock = [0.0]
+    with mock.patch("edgemuse.bench.worker.time.perf_counter", now):
+        timed = stages.timed("head", work)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: timed(), range(3)))
+    assert stages.seconds == {"head": 1.0}
 
 
 def test_rounds_take_the_systems_in_turn(tmp_path):

@@ -25,8 +25,8 @@ def test_points_vary_what_they_say(tmp_path):
         if point.axis == "spacing":
             assert open_scan(point.scans[0]).zooms == pytest.approx([point.value] * 3)
         elif point.axis == "classes":
-            head = point.subject.bundle.head()
-            assert point.subject.bundle.manifest.network.classes == len(head.weight) == point.value
+            head = point.subject.model.head()
+            assert point.subject.model.manifest.network.classes == len(head.weight) == point.value
         elif point.axis == "threads":
             assert point.subject.threads == point.value
         else:

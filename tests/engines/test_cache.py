@@ -44,7 +44,8 @@ def run(name: str, folder: Path | None, seed: int = 0, **changes: object) -> Non
 
 
 def entries(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.engine"))
+    """Compiled models; TensorRT-RTX keeps the kernels of a GPU beside them."""
+    return sorted(path for path in folder.glob("*.engine") if not path.stem.endswith(".kernels"))
 
 
 def test_second_time_is_from_the_cache(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -52,7 +53,8 @@ def test_second_time_is_from_the_cache(name: str, tmp_path: Path, caplog: pytest
     assert HIT not in caplog.text
     run(name, tmp_path / "new" / "folder")
     assert HIT in caplog.text
-    assert len(list((tmp_path / "new" / "folder").iterdir())) == 1
+    assert len(entries(tmp_path / "new" / "folder")) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_without_a_folder_nothing_is_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -103,9 +105,10 @@ def test_unusable_folder_is_only_a_warning(
 def test_every_choice_has_an_entry_of_its_own(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(name, tmp_path)
     run(name, tmp_path, seed=1)
-    run(name, tmp_path, threads=1)
+    if name != "tensorrt":  # processor cores are nothing to a GPU
+        run(name, tmp_path, threads=1)
     open_engine(tiny_graph(), (1, 1, 8, 10, 13), EngineOptions(name, cache_dir=tmp_path)).close()
-    assert len(entries(tmp_path)) == 4
+    assert len(entries(tmp_path)) == (3 if name == "tensorrt" else 4)
     assert HIT not in caplog.text
 
 

@@ -50,7 +50,8 @@ def failing(message: str, error: type[Exception] = RuntimeError) -> object:
 def hide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As if the library `name` were not installed."""
     monkeypatch.delitem(sys.modules, f"edgemuse.engines.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, name, None)
+    for library in [name, *(["tensorrt_rtx"] if name == "tensorrt" else [])]:
+        monkeypatch.setitem(sys.modules, library, None)
 
 
 def refusal(**options: str) -> str:

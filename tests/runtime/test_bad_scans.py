@@ -23,7 +23,7 @@ from edgemuse.runtime.outputs import nifti_bytes
 from edgemuse.runtime.scan import open_scan, read_image
 
 HEADER = 348
-RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.csv", "provenance.json")}
+RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", "provenance.json", "qc.png")}
 
 
 @pytest.fixture(scope="module")
@@ -315,21 +315,21 @@ def test_file_in_the_way_of_the_output_folder(output: str, tmp_path: Path, model
 
 def test_folder_in_the_way_of_a_result(tmp_path: Path, model: Path, cli: CommandLine) -> None:
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
-    (tmp_path / "out" / "sub-01_volumes.csv").mkdir(parents=True)
+    (tmp_path / "out" / "sub-01_volumes.tsv").mkdir(parents=True)
     line = refused_before_work(cli, tmp_path, scan, "-m", model, "-o", tmp_path / "out", "--overwrite")
-    assert "sub-01_volumes.csv is a folder" in line
+    assert "sub-01_volumes.tsv is a folder" in line
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_name_too_long_for_some_results(exists: bool, tmp_path: Path, model: Path, cli: CommandLine) -> None:
-    """`_dseg.nii.gz` would fit and `_provenance.json` not: neither is left."""
+    """`_dseg.nii.gz` would fit and longer names not: neither is left."""
     scan = write_scan(tmp_path / ("x" * 241 + ".nii.gz"))
     if exists:
         (tmp_path / "out").mkdir()
     before = snapshot(tmp_path)
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out")
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran
-    assert "provenance.json: cannot be written (File name too long)" in ran.err
+    assert f"{'DLMUSE_Volumes.csv' if exists else 'provenance.json'}: cannot be written (File name too long)" in ran.err
     assert snapshot(tmp_path) == before | {"out": "folder"}
 
 
@@ -342,13 +342,13 @@ def test_two_scans_that_would_give_the_same_files(tmp_path: Path, model: Path, c
 def test_results_are_replaced_only_when_told_to(tmp_path: Path, model: Path, cli: CommandLine) -> None:
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
     (tmp_path / "out").mkdir()
-    old = tmp_path / "out" / "sub-01_volumes.csv"
+    old = tmp_path / "out" / "sub-01_volumes.tsv"
     old.write_text("of an earlier run")
     line = refused_before_work(cli, tmp_path, scan, "-m", model, "-o", tmp_path / "out")
     assert f"{old} exists; choose another folder, or replace it with --overwrite" in line
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--overwrite")
     assert (ran.code, ran.err) == (0, "")
-    assert old.read_text().startswith("index,name")
+    assert old.read_text().startswith("index\tname")
     assert {path.name for path in (tmp_path / "out").iterdir()} == RESULTS
 
 
@@ -361,9 +361,9 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path: Path, model: Path, cli:
         f"edgemuse: {scans[1]}: the file is empty; copy it again",
         "edgemuse: 1 of 3 scans failed",
     ]
-    assert [Path(line).name[0] for line in ran.out.splitlines()] == ["a"] * 4 + ["c"] * 4
+    assert [Path(line).name[0] for line in ran.out.splitlines()] == ["a"] * 5 + ["c"] * 5
     assert all(Path(line).is_file() for line in ran.out.splitlines())
-    assert len(list((tmp_path / "out").iterdir())) == 8
+    assert len(list((tmp_path / "out").iterdir())) == 10
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, model: Path, cli: CommandLine, cache_dir: Path) -> None:

@@ -12,6 +12,7 @@ import struct
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bundles import (
     CommandLine,
     Tiny,
     edit_manifest,
+    gate_row,
     npz_bytes,
     replace_file,
     snapshot,
@@ -45,6 +47,7 @@ def bundle(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tiny_bundle(tmp_path_factory.mktemp("document") / "tiny.bundle", mirror_axes=(0, 2))
+    edit_manifest(folder, gate=[asdict(gate_row())])
     return json.loads((folder / MANIFEST).read_text())
 
 
@@ -274,9 +277,9 @@ def changed(document: Any, path: tuple[Any, ...], change: Any) -> Any:
 
 def test_every_key_is_needed(document: Any) -> None:
     """Without any one key the manifest is refused, but for the records, colours and the like that are optional."""
-    optional = {("network", "mirror_axes", 0), ("network", "mirror_axes", 1)}
+    optional = {("network", "mirror_axes", 0), ("network", "mirror_axes", 1), ("gate",), ("gate", 0)}
     for path in paths_of(document):
-        if path[0] in ("source", "verification") or path[-1] in ("color", "single") or path in optional:
+        if path[0] in ("source", "verification", "calibration") or path[-1] in ("color", "single") or path in optional:
             continue
         with pytest.raises(BundleError) as caught:
             parse(changed(document, path, lambda node, key: node.pop(key)))
@@ -338,9 +341,33 @@ def test_head_must_be_listed_if_it_is_deferred(document: Any) -> None:
         parse(document | {"files": files})
 
 
+def test_only_precisions_that_exist_have_graphs(document: Any) -> None:
+    with pytest.raises(BundleError, match="'fp33' is no precision of fp32, fp16, int8"):
+        parse(document | {"graphs": document["graphs"] | {"fp33": "fp32.onnx"}})
+
+
+def test_gate_is_read_as_it_was_written(document: Any) -> None:
+    assert parse(document).gate == (gate_row(),)
+    failed = gate_row(failures=("too far", "and too slow"), agreement=None, seconds=None, worst=None, drop=None)
+    again = parse(document | {"gate": [asdict(failed)]}).gate
+    assert again == (failed,)
+    assert not again[0].passed
+
+
+def test_bundle_without_a_gate_is_as_before(document: Any) -> None:
+    manifest = parse({key: value for key, value in document.items() if key not in ("gate", "calibration")})
+    assert (manifest.gate, manifest.calibration) == ((), {})
+
+
+@pytest.mark.parametrize("missing", ["agreement", "seconds"])
+def test_nothing_passes_unmeasured(missing: str, document: Any) -> None:
+    with pytest.raises(BundleError, match="passed without a measurement"):
+        parse(document | {"gate": [asdict(gate_row()) | {missing: None}]})
+
+
 def test_fp32_is_the_graph_that_must_be_there(document: Any) -> None:
     with pytest.raises(BundleError, match="no fp32 graph is named"):
-        parse(document | {"graphs": {"bf16": "fp32.onnx"}})
+        parse(document | {"graphs": {"fp16": "fp32.onnx"}})
 
 
 class Trap:

@@ -19,8 +19,9 @@ from bundles import CommandLine, head_image, run_process, tiny_bundle, write_sca
 
 from edgemuse.runtime import cli as cli_module
 from edgemuse.runtime.bundle import open_bundle
-from edgemuse.runtime.outputs import NAMES
+from edgemuse.runtime.outputs import DLMUSE_CSV, NAMES
 
+WRITTEN = tuple(name for name in NAMES if name != DLMUSE_CSV)
 COMMANDS = ("segment", "info", "demo", "devices")
 OPTIONS = {
     "segment": [
@@ -112,21 +113,21 @@ def test_wrong_usage_is_one_line(
 def test_unknown_backend_is_one_line(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--backend", "abacus")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("edgemuse: Invalid value for '--backend': 'abacus' is not one of 'auto', 'openvino', ")
+    assert ran.err.startswith("edgemuse: Invalid value for '--backend': 'abacus' is not one of 'auto', 'tensorrt', ")
     assert ran.err.count("\n") == 1
 
 
 def test_stdout_holds_the_paths_of_the_results_alone(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in NAMES]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"sub-01_{name}" for name in NAMES}
+    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in WRITTEN]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"sub-01_{name}" for name in WRITTEN}
 
 
 def test_without_a_picture(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--no-qc")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in NAMES if name != "qc.png"]
+    assert ran.out.splitlines() == [f"{tmp_path}/out/sub-01_{name}" for name in WRITTEN if name != "qc.png"]
 
 
 def test_verbose_is_a_line_a_stage(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_verbose_is_a_line_a_stage(scan: Path, model: Path, cli: CommandLine, tm
     assert all(line.startswith("edgemuse: ") for line in lines)
     for start in ("memory: ", "load: ", "preprocess: ", "engine: ", "infer: ", "restore: ", "postprocess: "):
         assert any(line.removeprefix("edgemuse: ").startswith(start) for line in lines), start
-    assert len(ran.out.splitlines()) == len(NAMES)
+    assert len(ran.out.splitlines()) == len(WRITTEN)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -163,11 +164,11 @@ def test_volumes_agree_with_the_label_map(scan: Path, model: Path, cli: CommandL
     assert cli("segment", scan, "-m", model, "-o", tmp_path).code == 0
     labels = np.asanyarray(nib.load(tmp_path / "sub-01_dseg.nii.gz").dataobj)
     voxel = abs(np.linalg.det(nib.load(scan).affine[:3, :3]))
-    header, *rows = (tmp_path / "sub-01_volumes.csv").read_text().splitlines()
-    assert header == "index,name,voxels,volume_mm3"
-    assert [row.split(",")[0] for row in rows] == ["10", "20", "30", "40", "50"]
+    header, *rows = (tmp_path / "sub-01_volumes.tsv").read_text().splitlines()
+    assert header == "index\tname\tvoxels\tvolume_mm3"
+    assert [row.split("\t")[0] for row in rows] == ["10", "20", "30", "40", "50"]
     for row in rows:
-        index, _, voxels, mm3 = row.split(",")
+        index, _, voxels, mm3 = row.split("\t")
         assert int(voxels) == (labels == int(index)).sum()
         assert float(mm3) == pytest.approx(int(voxels) * voxel, abs=1e-3)
 
@@ -175,7 +176,7 @@ def test_volumes_agree_with_the_label_map(scan: Path, model: Path, cli: CommandL
 def test_label_map_is_the_same_bytes_in_two_runs(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     for folder in "ab":
         assert cli("segment", scan, "-m", model, "-o", tmp_path / folder).code == 0
-    for name in ("dseg.nii.gz", "dseg.tsv", "volumes.csv"):
+    for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv"):
         assert (tmp_path / "a" / f"sub-01_{name}").read_bytes() == (tmp_path / "b" / f"sub-01_{name}").read_bytes()
 
 
@@ -189,7 +190,23 @@ def test_several_scans_in_one_call_equal_single_calls(model: Path, cli: CommandL
         assert (tmp_path / "all" / result).read_bytes() == (tmp_path / "one" / result).read_bytes()
 
 
-@pytest.mark.parametrize(("profile", "axes"), [("reference", [0, 2]), ("balanced", [])])
+def test_fast_takes_the_scan_at_once_if_memory_allows(
+    scan: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = []
+    for limit in (1e12, 0.0):
+        monkeypatch.setattr("edgemuse.runtime.pipeline.memory_limit", lambda _, limit=limit: limit)
+        assert cli("segment", scan, "-m", model, "-o", tmp_path, "--profile", "fast", "--overwrite").code == 0
+        tiles.append(json.loads((tmp_path / "sub-01_provenance.json").read_text())["profile"])
+    roomy, cramped = tiles
+    network = open_bundle(model).manifest.network
+    assert roomy["tiles"] == 1
+    assert all(side % unit == 0 for side, unit in zip(roomy["tile"], network.stride, strict=True))
+    assert cramped["tiles"] > 1
+    assert cramped["tile"] == list(network.patch)
+
+
+@pytest.mark.parametrize(("profile", "axes"), [("reference", [0, 2]), ("balanced", []), ("fast", [])])
 def test_provenance(profile: str, axes: list[int], scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     arguments = ["--profile", profile, "--threads", 1]
     assert cli("segment", scan, "-m", model, "-o", tmp_path, *arguments).code == 0
@@ -203,7 +220,16 @@ def test_provenance(profile: str, axes: list[int], scan: Path, model: Path, cli:
     assert record["backend"]["precision"] == "fp32"
     assert record["backend"]["threads"] == 1
     assert (record["profile"]["name"], record["profile"]["mirrored_axes"]) == (profile, axes)
-    assert set(record["seconds"]) == {"load", "preprocess", "engine", "infer", "restore", "postprocess", "write"}
+    assert set(record["seconds"]) == {
+        "load",
+        "preprocess",
+        "engine",
+        "infer",
+        "restore",
+        "postprocess",
+        "quality",
+        "write",
+    }
     assert all(seconds >= 0 for seconds in record["seconds"].values())
     assert 0 < record["memory"]["peak_bytes"]
     assert str(tmp_path) not in json.dumps(record)
@@ -267,7 +293,7 @@ atexit.register(lambda: print("heavy:", sorted(set({HEAVY!r}) & set(sys.modules)
     ran = run_process(*arguments, cache_dir=cache_dir, prelude=prelude)
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines()[-1] == "heavy: []"
-    assert len(ran.out.splitlines()) == len(NAMES) + 1
+    assert len(ran.out.splitlines()) == len(WRITTEN) + 1
 
 
 def test_help_imports_no_numerical_library(cache_dir: Path) -> None:

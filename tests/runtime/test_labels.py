@@ -17,9 +17,10 @@ from edgemuse.runtime.labels import (
     dseg_tsv,
     label_color,
     parse_label_table,
+    structure_voxels,
     to_indices,
-    volumes_csv,
 )
+from edgemuse.runtime.volumes import volumes_tsv
 
 LABELS = (
     Label(0, 0, "background"),
@@ -94,16 +95,15 @@ def test_indices_take_the_smallest_type(highest: int, dtype: type) -> None:
 def test_classes_that_share_an_index_are_one_structure() -> None:
     assert by_index(LABELS) == [LABELS[0], LABELS[2], LABELS[1]]
     counts = np.array([100, 3, 5, 7])
-    assert volumes_csv(counts, LABELS, 0.5) == (
-        'index,name,voxels,volume_mm3\n4,"Ventricle, ""3rd""",5,2.500\n23,Right Accumbens Area,10,5.000\n'
+    voxels = structure_voxels(counts, LABELS)
+    assert voxels == {4: 5, 23: 10}
+    assert volumes_tsv(voxels, LABELS, 0.5) == (
+        'index\tname\tvoxels\tvolume_mm3\n4\t"Ventricle, ""3rd"""\t5\t2.500\n23\tRight Accumbens Area\t10\t5.000\n'
     )
 
 
 def test_absent_structures_are_reported_as_zero() -> None:
-    assert volumes_csv(np.zeros(4, np.int64), LABELS, 1).splitlines()[1:] == [
-        '4,"Ventricle, ""3rd""",0,0.000',
-        "23,Right Accumbens Area,0,0.000",
-    ]
+    assert structure_voxels(np.zeros(4, np.int64), LABELS) == {4: 0, 23: 0}
 
 
 def test_every_class_is_counted() -> None:
@@ -138,8 +138,7 @@ def test_volumes_add_up(indices: list[int], seed: int) -> None:
     """Whatever the table, each voxel that is not background is counted once."""
     labels = [Label(n, index, f"s{n}") for n, index in enumerate(indices)]
     classes = np.random.default_rng(seed).integers(0, len(labels), (3, 4, 5)).astype(np.uint8)
-    table = list(csv.DictReader(io.StringIO(volumes_csv(count_voxels(classes, labels), labels, 2.0))))
     mapped = to_indices(classes, labels)
-    assert {int(row["index"]): int(row["voxels"]) for row in table} == {
+    assert structure_voxels(count_voxels(classes, labels), labels) == {
         index: int((mapped == index).sum()) for index in sorted(set(indices) - {0})
     }

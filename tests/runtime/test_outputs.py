@@ -42,7 +42,8 @@ def test_paths_of_the_results() -> None:
     assert [str(path) for path in paths.values()] == [
         "out/sub-01_dseg.nii.gz",
         "out/sub-01_dseg.tsv",
-        "out/sub-01_volumes.csv",
+        "out/sub-01_volumes.tsv",
+        "out/sub-01_DLMUSE_Volumes.csv",
         "out/sub-01_provenance.json",
         "out/sub-01_qc.png",
     ]

@@ -89,3 +89,13 @@ def test_grey_values_do_not_depend_on_the_scale(scale: float) -> None:
 
 def test_a_constant_image_is_no_error() -> None:
     assert to_bytes(np.full((3, 3, 3), 7, np.float32)).shape == (3, 3, 3)
+
+
+def test_flags_get_a_line_of_their_own() -> None:
+    grey, classes = np.full((40, 50, 60), 100, np.uint8), halves()
+    data = picture(grey, classes, RAS, LABELS, "a caption", ["border", "noise"])
+    sheet = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int64)
+    plain = drawn(grey, classes, RAS)
+    assert np.array_equal(sheet[:CAPTION], plain[:CAPTION])
+    assert np.array_equal(sheet[2 * CAPTION :], plain[CAPTION:])
+    assert sheet[CAPTION : 2 * CAPTION].any()

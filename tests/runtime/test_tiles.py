@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemuse.runtime.tiles import gaussian_window, merge_tiles, mirrored, plan_tiles, tile_starts
+from edgemuse.runtime.tiles import gaussian_window, largest_tiles, merge_tiles, mirrored, plan_tiles, tile_starts
 
 SIZES = st.tuples(*[st.integers(1, 21)] * 3)
 PATCHES = st.tuples(*[st.sampled_from([2, 3, 5, 8])] * 3)
@@ -19,24 +19,24 @@ def merged(image, patch, step, infer, dtype=np.float32):
     slabs = [
         (start, slab.copy()) for start, slab in merge_tiles(image, plan, gaussian_window(patch), infer, dtype=dtype)
     ]
-    depths = [slab.shape[1] for _, slab in slabs]
+    depths = [len(slab) for _, slab in slabs]
     assert [start for start, _ in slabs] == list(itertools.accumulate([0, *depths[:-1]]))
-    return np.concatenate([slab for _, slab in slabs], axis=1)
+    return np.concatenate([slab for _, slab in slabs])
 
 
 @given(SIZES, PATCHES, STEPS)
 def test_a_network_that_returns_a_constant_gives_it_at_every_voxel(shape, patch, step):
     value = np.float32(-3.7)
-    result = merged(np.ones(shape, np.float32), patch, step, lambda tile: np.full((1, 2, *patch), value))
-    assert result.shape == (2, *shape)
+    result = merged(np.ones(shape, np.float32), patch, step, lambda tile: np.full((*patch, 2), value))
+    assert result.shape == (*shape, 2)
     np.testing.assert_allclose(result, value, rtol=5e-6)  # up to 64 tiles are added in float32
 
 
 @given(SIZES, PATCHES, STEPS)
 def test_a_voxelwise_network_gives_its_own_output(shape, patch, step):
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    result = merged(image, patch, step, lambda tile: np.concatenate([tile, 2 * tile + 1], axis=1))
-    np.testing.assert_allclose(result, np.stack([image, 2 * image + 1]), rtol=1e-5, atol=1e-6)
+    result = merged(image, patch, step, lambda tile: np.stack([tile, 2 * tile + 1], axis=-1))
+    np.testing.assert_allclose(result, np.stack([image, 2 * image + 1], axis=-1), rtol=1e-5, atol=1e-6)
 
 
 @given(SIZES, PATCHES, STEPS)
@@ -55,14 +55,43 @@ def test_slabs_equal_a_sum_over_the_whole_volume(shape, patch, step):
         weight[tile] += window
     inner = tuple(slice(before, before + size) for (before, _), size in zip(plan.pad, shape, strict=True))
     for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-12)):
-        result = merged(image, patch, step, lambda tile: tile * ramp, dtype)
-        np.testing.assert_allclose(result[0], (total / weight)[inner], rtol=tolerance, atol=tolerance)
+        result = merged(image, patch, step, lambda tile: (tile * ramp)[..., None], dtype)
+        np.testing.assert_allclose(result[..., 0], (total / weight)[inner], rtol=tolerance, atol=tolerance)
+
+
+STRIDES = st.tuples(*[st.sampled_from([1, 2, 4])] * 3)
+
+
+@given(SIZES, PATCHES, STRIDES)
+def test_large_tiles_begin_with_the_whole_and_end_with_the_patch(shape, patch, stride):
+    patch = tuple(-(-side // unit) * unit for side, unit in zip(patch, stride, strict=True))
+    plans = list(largest_tiles(shape, patch, stride))
+    counts = [plan.count for plan in plans]
+    assert counts == sorted(counts)
+    first, last = plans[0], plans[-1]
+    assert first.count == 1
+    assert all(0 <= side - size < unit for side, size, unit in zip(first.patch, shape, stride, strict=True))
+    assert all(side <= max(size, tile) for side, tile, size in zip(last.patch, patch, shape, strict=True))
+    assert all(side % unit == 0 for plan in plans for side, unit in zip(plan.patch, stride, strict=True))
+
+
+@given(SIZES, PATCHES, STRIDES)
+@settings(max_examples=30)
+def test_large_tiles_share_half_a_patch_and_cover_everything(shape, patch, stride):
+    patch = tuple(-(-side // unit) * unit for side, unit in zip(patch, stride, strict=True))
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for plan in itertools.islice(largest_tiles(shape, patch, stride), 6):
+        slabs = merge_tiles(image, plan, gaussian_window(plan.patch), lambda tile: tile[..., None].copy())
+        whole = np.concatenate([slab.copy() for _, slab in slabs])
+        np.testing.assert_allclose(whole[..., 0], image, rtol=1e-5, atol=1e-6)
+        for starts, side, tile in zip(plan.starts, plan.patch, patch, strict=True):
+            assert all(first + side - second >= tile // 2 for first, second in itertools.pairwise(starts))
 
 
 @given(st.integers(1, 400), st.integers(4, 128), STEPS)
 def test_tiles_cover_the_axis_and_are_no_further_apart_than_the_step(size, tile, step):
     size = max(size, tile)
-    starts = tile_starts(size, tile, step)
+    starts = tile_starts(size, tile, tile * step)
     assert starts[0] == 0
     assert starts[-1] == size - tile
     assert all(0 < b - a <= np.ceil(tile * step) for a, b in itertools.pairwise(starts))
@@ -70,30 +99,35 @@ def test_tiles_cover_the_axis_and_are_no_further_apart_than_the_step(size, tile,
 
 @pytest.mark.parametrize("axes", [(), (0,), (2,), (0, 1), (0, 1, 2)])
 def test_mirroring_averages_every_combination_of_axes(axes):
-    tile = np.random.default_rng(2).normal(size=(1, 1, 3, 4, 5)).astype(np.float32)
+    tile = np.random.default_rng(2).normal(size=(3, 4, 5)).astype(np.float32)
     ramp = np.random.default_rng(3).normal(size=(3, 4, 5)).astype(np.float32)
-    subsets = [s for n in range(len(axes) + 1) for s in itertools.combinations([a + 2 for a in axes], n)]
+    subsets = [s for n in range(len(axes) + 1) for s in itertools.combinations(axes, n)]
     expected = np.mean([np.flip(np.flip(tile, s) * ramp, s) for s in subsets], axis=0)
-    np.testing.assert_allclose(mirrored(lambda x: x * ramp, axes)(tile), expected, rtol=1e-5, atol=1e-6)
+    found = mirrored(lambda x: (x * ramp)[..., None], axes)(tile)
+    np.testing.assert_allclose(found[..., 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_engine_that_reuses_its_buffer_is_mirrored_right():
-    buffer = np.empty((1, 1, 2, 3, 4), np.float32)
+    buffer = np.empty((2, 3, 4, 1), np.float32)
 
     def infer(tile):
-        np.cumsum(tile, axis=2, out=buffer)
+        np.cumsum(tile[..., None], axis=0, out=buffer)
         return buffer
 
-    tile = np.random.default_rng(4).normal(size=buffer.shape).astype(np.float32)
-    expected = (tile.cumsum(2) + np.flip(np.flip(tile, 2).cumsum(2), 2)) / 2
-    np.testing.assert_allclose(mirrored(infer, (0,))(tile), expected, rtol=1e-5)
+    tile = np.random.default_rng(4).normal(size=buffer.shape[:3]).astype(np.float32)
+    expected = (tile.cumsum(0) + np.flip(np.flip(tile, 0).cumsum(0), 0)) / 2
+    np.testing.assert_allclose(mirrored(infer, (0,))(tile)[..., 0], expected, rtol=1e-5)
 
 
 def test_progress_hears_of_every_tile():
     plan = plan_tiles((20, 9, 9), (8, 8, 8), 0.5)
     calls = []
     for _ in merge_tiles(
-        np.ones((20, 9, 9), np.float32), plan, gaussian_window((8, 8, 8)), lambda t: t.copy(), lambda: calls.append(1)
+        np.ones((20, 9, 9), np.float32),
+        plan,
+        gaussian_window((8, 8, 8)),
+        lambda tile: tile[..., None].copy(),
+        lambda: calls.append(1),
     ):
         pass
     assert len(calls) == plan.count == 4 * 2 * 2

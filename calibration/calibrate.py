@@ -1,0 +1,176 @@
+"""From a bundle with an fp32 graph to one with int8 and fp16 graphs and their accuracy, step by step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgemuse.calibration.evaluate import Expected, Setting, evaluate, expect, settings
+from edgemuse.calibration.half import half_precision
+from edgemuse.calibration.quantise import Quantised, quantise, sensitivity
+from edgemuse.calibration.scans import Source, calibration_patches, find_scans, split
+from edgemuse.engines.errors import VerificationError
+from edgemuse.engines.protocol import Batch
+from edgemuse.export.writer import check_output, check_replaceable, replace_bundle, write_bundle
+from edgemuse.runtime.bundle import Bundle, GateRow, Manifest, file_entry, open_bundle
+from edgemuse.runtime.precision import ALWAYS_FP32
+
+FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}
+ATTEMPTS = 3
+"""At most, at leaving layers out of int8."""
+LAYERS_PER_ATTEMPT = 1 / 8
+SENSITIVITY_PATCHES = 2
+RECORDED_PACKAGES = ("edgemuse", "nncf", "onnx")
+
+Progress = Callable[[str], None]
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all steps share: the bundle as it was, the files that the new one will have, and where drafts are put."""
+
+    bundle: Bundle
+    folder: Path
+    files: Mapping[str, bytes]
+    progress: Progress
+
+    def draft(self, graphs: Mapping[str, bytes], **changes: Any) -> tuple[Manifest, Files]:
+        """Manifest and files of the bundle with `graphs` added."""
+        manifest = self.bundle.manifest
+        files = {**self.files, **{FILES[precision]: data for precision, data in graphs.items()}}
+        names = {"fp32": manifest.graphs["fp32"], **{precision: FILES[precision] for precision in graphs}}
+        entries = {name: file_entry(data) for name, data in files.items()}
+        return replace(manifest, graphs=names, files=entries, **changes), files
+
+    def trial(self, graphs: Mapping[str, bytes]) -> Bundle:
+        """A bundle with `graphs`, to be tried out."""
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "bundle"
+        return open_bundle(write_bundle(path, *self.draft(graphs, gate=())))
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The int8 graph, and which of its `layers` convolutions were left in fp32 by their `errors`."""
+
+    graph: bytes
+    layers: int
+    excluded: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Path:
+    """Add int8 and fp16 graphs to the bundle at `source`, gate all that this machine can run, and write to `output`.
+
+    Args:
+        source: the bundle; any lower precision that it has already is made anew.
+        data: folder of scans, with truth as `STEM_dseg.nii.gz` beside a scan where it is known.
+        output: may be `source`, which is then replaced when all is done.
+        progress: called with a line of text at every step.
+
+    Returns:
+        `output`.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        InputError: too few scans, or one that cannot be used.
+        OutputError: `output` exists and is not `source`, or cannot be written.
+        MemoryLimitError: a scan does not fit in memory.
+    """
+    in_place = output.exists() and output.resolve() == source.resolve()
+    bundle = open_bundle(source)
+    if in_place:
+        check_replaceable(bundle)
+    else:
+        check_output(output)
+    kept = {name: bundle.read(name) for name in bundle.manifest.files if name not in FILES.values()}
+    chosen, held_out = split(find_scans(data), data)
+    progress(f"calibrating on {_names(chosen)}; evaluating on {_names(held_out)}")
+    if bundle.manifest.network.orientation is None:
+        progress("the bundle names no orientation: the scans must be stored as the training data were")
+    with tempfile.TemporaryDirectory(prefix="edgemuse-") as folder:
+        work = Work(bundle, Path(folder), kept, progress)
+        manifest, files = _calibrated(work, chosen, held_out)
+    progress(f"writing {output}")
+    return replace_bundle(bundle, manifest, files) if in_place else write_bundle(output, manifest, files)
+
+
+def _calibrated(work: Work, chosen: Sequence[Source], held_out: Sequence[Source]) -> tuple[Manifest, Files]:
+    bundle, progress = work.bundle, work.progress
+    patches = calibration_patches(chosen, bundle.manifest.network)
+    expected = expect(bundle, held_out, progress)
+    int8, known = _int8(work, patches, expected)
+    graphs = {"int8": int8.graph} | _fp16(work)
+    trial = work.trial(graphs)
+    rows = [
+        row for setting in settings(trial) for row in known.get(setting) or evaluate(trial, setting, expected, progress)
+    ]
+    return work.draft(graphs, gate=tuple(rows), calibration=_record(int8, len(patches), chosen, held_out))
+
+
+def _fp16(work: Work) -> dict[str, bytes]:
+    try:
+        return {"fp16": half_precision(work.bundle.graph("fp32"))}
+    except VerificationError as error:
+        work.progress(f"no fp16 graph: {error}")
+        return {}
+
+
+def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int8, dict[Setting, list[GateRow]]]:
+    """Quantise every convolution; if that does not pass, leave out those that cost most, a few more at each attempt.
+
+    Returns the graph, and what was measured of it on the way.
+    """
+    work.progress(f"quantising to int8 with {len(patches)} patches")
+    quantised = quantise(work.bundle.graph("fp32"), patches)
+    int8 = Int8(quantised.graph(), len(quantised.layers))
+    known: dict[Setting, list[GateRow]] = {}
+    for attempt in range(1, ATTEMPTS + 2):
+        trial = work.trial({"int8": int8.graph})
+        setting = _int8_setting(trial)
+        if setting is None:
+            break
+        known[setting] = evaluate(trial, setting, expected, work.progress)
+        if attempt > ATTEMPTS or all(row.passed for row in known[setting]):
+            break
+        int8 = _without_worst(quantised, int8, patches, setting, attempt, work.progress)
+    return int8, known
+
+
+def _int8_setting(bundle: Bundle) -> Setting | None:
+    """The preferred backend's int8, in the first profile that may use it."""
+    found = (setting for setting in settings(bundle) if setting.precision == "int8")
+    return next(found, None)
+
+
+def _without_worst(
+    quantised: Quantised, int8: Int8, patches: Sequence[Batch], setting: Setting, attempt: int, progress: Progress
+) -> Int8:
+    few = patches[:: max(len(patches) // SENSITIVITY_PATCHES, 1)][:SENSITIVITY_PATCHES]
+    errors = int8.errors or sensitivity(quantised, few, setting.options.engine, progress)
+    count = attempt * max(round(int8.layers * LAYERS_PER_ATTEMPT), 1)
+    excluded = tuple(errors)[:count]
+    progress(f"int8 did not pass: leaving {', '.join(excluded)} in fp32")
+    return Int8(quantised.graph(excluded), int8.layers, excluded, errors)
+
+
+def _record(int8: Int8, patches: int, chosen: Sequence[Source], held_out: Sequence[Source]) -> dict[str, Any]:
+    return {
+        "calibrated_on": [source.record() for source in chosen],
+        "patches": patches,
+        "evaluated_on": [source.record() for source in held_out],
+        "reference": f"profile {ALWAYS_FP32}, fp32",
+        "int8": {
+            "convolutions": int8.layers,
+            "left_in_fp32": {name: f"error alone {int8.errors[name]:.2g}" for name in int8.excluded} or "none",
+        },
+        "versions": {package: version(package) for package in RECORDED_PACKAGES},
+    }
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(source.path.name + " (with truth)" * (source.truth is not None) for source in sources)

@@ -1,0 +1,59 @@
+"""`edgemuse calibrate`: the command line. NNCF is imported when the command runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+from edgemuse.engines.errors import BackendError
+
+
+@click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder of T1 scans (.nii.gz), like those that the bundle will be used on: at least 2, better 10 or more. "
+    "Where the true labels of sub-01_T1w.nii.gz are known, put them beside it as sub-01_dseg.nii.gz.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE",
+    help="Where to write: a new directory, or a new file if it ends with .zip.  [default: replace the bundle itself, "
+    "when all is done]",
+)  # fmt: skip
+def calibrate(bundle: Path, data: Path, output: Path | None) -> None:
+    """Add int8 and fp16 graphs to a bundle and measure what every backend makes of them.
+
+    A third of the scans, at most 8, set the ranges of int8; the others are segmented by every backend, precision and
+    profile that this machine can run, and compared with fp32 under the profile reference, and with the truth where it
+    is known. To pass, the mean Dice against the truth must be at least 99.9 % of fp32's (int8: 99 %), no structure may
+    lose more than 0.02, and the Dice with fp32's labels must be at least 0.98. If int8 fails, the layers that cost most
+    are left in fp32.
+
+    The table is stored in the bundle. 'edgemuse info' shows it, and 'segment' chooses by it. Plan for a few minutes a
+    scan and measurement.
+
+    Needs NNCF: pip install "edgemuse[calibrate]". The bundle does not.
+
+    \b
+    Example:
+      edgemuse calibrate dlmuse.bundle --data scans
+      edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile balanced
+    """  # noqa: D301  # \b keeps click from wrapping the example
+    module = _module()
+    click.echo(module.calibrate(bundle, data, output or bundle, partial(click.echo, err=True)))
+
+
+def _module() -> ModuleType:
+    try:
+        from edgemuse.calibration import calibrate as module
+    except ImportError as error:
+        if error.name and error.name.startswith("edgemuse"):
+            raise
+        raise BackendError(
+            f"calibrating needs {error.name or 'NNCF'}, which is missing here or does not load; "
+            'run: pip install "edgemuse[calibrate]"'
+        ) from error
+    return module

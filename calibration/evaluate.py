@@ -1,0 +1,169 @@
+"""Running a bundle in every way this machine can, and holding the results against fp32 `reference`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from edgemuse.calibration.gate import Case, Measurement, failures, measure
+from edgemuse.calibration.scans import Source, read_truth, structures
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.hardware import cpu_name
+from edgemuse.engines.protocol import EngineOptions
+from edgemuse.engines.registry import choose, statuses
+from edgemuse.runtime.bundle import Bundle, GateRow
+from edgemuse.runtime.pipeline import Options, Segmenter
+from edgemuse.runtime.precision import ALWAYS_FP32, stored_precision
+from edgemuse.runtime.profiles import PROFILES, Profile
+from edgemuse.runtime.types import Labels
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a bundle, and the names of the profiles that come to the same."""
+
+    backend: str
+    version: str
+    device: str
+    precision: str
+    profiles: tuple[str, ...]
+
+    @property
+    def options(self) -> Options:
+        """For a `Segmenter`. Engines are not cached: most are used this once."""
+        return Options(self.profiles[0], EngineOptions(self.backend, self.precision, self.device))
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.device} {self.precision}, profile {' and '.join(self.profiles)}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The scans to evaluate on, what `setting`, fp32 `reference`, gave for each, and the truth where it is known."""
+
+    setting: Setting
+    sources: tuple[Source, ...]
+    references: tuple[Labels, ...]
+    seconds: float
+    truths: tuple[Labels | None, ...]
+
+
+def settings(bundle: Bundle) -> Iterator[Setting]:
+    """Every backend, device, precision and profile that can run here.
+
+    The profile that promises nnU-Net's labels is fp32 and is measured in fp32 only, unless another does the same work.
+    """
+    mirrors = bool(bundle.manifest.network.mirror_axes)
+    for status in statuses():
+        for device, precisions in status.devices.items():
+            for precision in precisions:
+                if stored_precision(precision) not in bundle.manifest.graphs:
+                    continue
+                for names in _alike(mirrors):
+                    if precision == "fp32" or names != (ALWAYS_FP32,):
+                        yield Setting(status.backend.name, status.version, device, precision, names)
+
+
+def _alike(mirrors: bool) -> list[tuple[str, ...]]:
+    """Names of profiles, those together that differ in nothing where the network is not mirrored."""
+    groups: dict[Profile, tuple[str, ...]] = {}
+    for name, profile in PROFILES.items():
+        work = replace(profile, mirror=profile.mirror and mirrors)
+        groups[work] = (*groups.get(work, ()), name)
+    return list(groups.values())
+
+
+def expect(bundle: Bundle, sources: Sequence[Source], progress: Progress) -> Expected:
+    """The fp32 `reference` labels and the truth of every scan; raises InputError where one cannot be used."""
+    labels = bundle.manifest.labels
+    truths = tuple(None if source.truth is None else read_truth(source.truth, labels) for source in sources)
+    choose(EngineOptions(precision="fp32"))  # raises with every reason where there is none
+    setting = next(s for s in settings(bundle) if s.precision == "fp32" and ALWAYS_FP32 in s.profiles)
+    references, seconds = _segment(bundle, setting, sources, progress)
+    return Expected(setting, tuple(sources), references, seconds, truths)
+
+
+def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Progress) -> list[GateRow]:
+    """Run `setting` on every scan and judge it: a row for each of its profiles."""
+    found: Measurement | None = None
+    seconds: float | None = None
+    reasons: tuple[str, ...]
+    try:
+        if setting == expected.setting:
+            maps, seconds = expected.references, expected.seconds
+        else:
+            maps, seconds = _segment(bundle, setting, expected.sources, progress)
+    except BackendError as error:  # NaN among others
+        reasons = ("".join(letter for letter in " ".join(str(error).split()) if letter.isprintable()),)
+    else:
+        cases = [Case(*maps) for maps in zip(expected.references, maps, expected.truths, strict=True)]
+        found = measure(cases)
+        reasons = failures(found, setting.precision)
+    rows = [_row(bundle, setting, profile, expected, found, seconds, reasons) for profile in setting.profiles]
+    agreement = "" if found is None else f"agreement {found.agreement:.4f}, "
+    progress(f"{setting}: {agreement}{'failed: ' + '; '.join(reasons) if reasons else 'passed'}")
+    return rows
+
+
+def _segment(
+    bundle: Bundle, setting: Setting, sources: Sequence[Source], progress: Progress
+) -> tuple[tuple[Labels, ...], float]:
+    """Structures of every scan, and the seconds that the network took a scan."""
+    maps, seconds = [], []
+    with _quiet(), Segmenter(bundle, setting.options) as segmenter:
+        for number, source in enumerate(sources, start=1):
+            progress(f"{setting}: scan {number} of {len(sources)}")
+            result = segmenter.segment(source.path)
+            maps.append(structures(result.classes, bundle.manifest.labels))
+            seconds.append(result.seconds["infer"])
+    return tuple(maps), median(seconds)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the pipeline's warnings, that a precision is not proven for example: here it is being proven."""
+    log = logging.getLogger("edgemuse")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _row(
+    bundle: Bundle,
+    setting: Setting,
+    profile: str,
+    expected: Expected,
+    found: Measurement | None,
+    seconds: float | None,
+    reasons: tuple[str, ...],
+) -> GateRow:
+    row = GateRow(
+        backend=setting.backend,
+        version=setting.version,
+        device=setting.device,
+        precision=setting.precision,
+        profile=profile,
+        processor=cpu_name(),
+        scans=len(expected.sources),
+        failures=reasons,
+    )
+    if found is None:
+        return row
+    worst = None if found.worst is None else bundle.manifest.labels[found.worst].name
+    return replace(
+        row,
+        seconds=seconds,
+        agreement=found.agreement,
+        dice=found.dice,
+        reference_dice=found.reference_dice,
+        drop=found.drop,
+        worst=worst,
+    )

@@ -1,0 +1,64 @@
+"""A GPU that fails costs time and no results: the CPU takes over, once, and it is said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edgemuse.engines.errors import BackendError, EdgemuseError
+from edgemuse.engines.protocol import Batch, Engine, EngineOptions
+
+log = logging.getLogger("edgemuse")
+
+Open = Callable[[EngineOptions], Engine]
+"""Opens an engine for definite options."""
+Spare = Callable[[str], EngineOptions]
+"""Told why the GPU failed, names the engine on the CPU that takes over."""
+
+
+def open_with_fallback(open_engine: Open, first: EngineOptions, spare: Spare | None) -> Engine:
+    """Open `first`; if it fails, now or while it runs, `spare` takes over. Without `spare` its failure is an error.
+
+    Raises BackendError where the engine fails and nothing takes over, or where the CPU fails as well.
+    """
+    return open_engine(first) if spare is None else FallbackEngine(open_engine, first, spare)
+
+
+class FallbackEngine:
+    """An engine that is replaced by one on the CPU the first time it fails."""
+
+    def __init__(self, open_engine: Open, first: EngineOptions, spare: Spare) -> None:
+        self._open = open_engine
+        self._spare: Spare | None = spare
+        try:
+            self._use(open_engine(first))
+        except BackendError as error:
+            self._replace(spare, f"{first.backend}: {error}", error)
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        self.backend, self.version = engine.backend, engine.version
+        self.device, self.precision = engine.device, engine.precision
+
+    def infer(self, batch: Batch) -> Batch:
+        """Run the network once; a tile on which the GPU fails is run again on the CPU."""
+        try:
+            return self._engine.infer(batch)
+        except BackendError as error:
+            if self._spare is None:
+                raise
+            self._engine.close()
+            self._replace(self._spare, f"{self.backend}: {error}", error)
+        return self._engine.infer(batch)
+
+    def _replace(self, spare: Spare, reason: str, error: BackendError) -> None:
+        self._spare = None
+        log.warning("%s; going on with the CPU", reason)
+        try:
+            self._use(self._open(spare(reason)))
+        except EdgemuseError as second:
+            raise BackendError(f"{reason}; and the CPU cannot take over: {second}") from error
+
+    def close(self) -> None:
+        """Free the backend's memory."""
+        self._engine.close()

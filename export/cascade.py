@@ -1,0 +1,77 @@
+"""`edgemuse cascade`: two bundles to one that runs them one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from edgemuse.export.writer import write_cascade
+from edgemuse.runtime.bundle import Bundle, CascadeManifest, open_bundle
+from edgemuse.runtime.labels import Label
+from edgemuse.runtime.muse import cortical_csf, is_muse
+
+PADDING_PERCENT = 10
+ADULT_ICV_MM3 = (900_000.0, 2_200_000.0)
+"""Chosen wide: a mask outside it is more often wrong than the head is unusual."""
+
+
+@click.command(short_help="Join a brain mask bundle and a region bundle into one.")
+@click.argument("mask", type=click.Path(path_type=Path))
+@click.argument("regions", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="BUNDLE",
+    help="Where to write: a new directory, or a new file if it ends with .zip. Nothing that exists is overwritten.",
+)  # fmt: skip
+@click.option("--name", help="Name of the whole.  [default: that of REGIONS]")
+@click.option("--orientation", default="LPS", show_default=True, metavar="CODES", help="Axes of the grid on which "
+              "mask and crop are made; for bundles that name one, theirs.")  # fmt: skip
+@click.option("--fill", metavar="INDEX", type=click.IntRange(1, 2**32 - 1), help="Label for voxels inside the mask "
+              "that REGIONS leaves without one.  [default: 1 for DLMUSE, else none]")  # fmt: skip
+@click.option("--keep-largest", is_flag=True, help="Forget parts of the mask apart from its largest component; "
+              "NiChart_DLMUSE does so for refaced scans only.")  # fmt: skip
+def cascade(
+    mask: Path, regions: Path, output: Path, name: str | None, orientation: str, fill: int | None, keep_largest: bool
+) -> None:
+    """Join a brain mask bundle and a region bundle into one.
+
+    'edgemuse segment' then finds the mask with the bundle MASK on the whole scan, crops to it, and labels with the
+    bundle REGIONS what is inside, as NiChart_DLMUSE does with DLICV and DLMUSE.
+
+    \b
+    Example:
+      edgemuse cascade dlicv.bundle dlmuse-regions.bundle -o dlmuse.bundle
+      edgemuse segment T1.nii.gz -o out --model dlmuse.bundle
+    """  # noqa: D301  # \b keeps click from wrapping the example
+    first, second = open_bundle(mask), open_bundle(regions)
+    manifest = manifest_of(first, second, orientation)
+    manifest = replace(manifest, name=name or manifest.name, keep_largest=keep_largest)
+    if fill is not None:
+        manifest = replace(manifest, fill=filled_label(second, fill))
+    click.echo(write_cascade(output, manifest, first, second))
+
+
+def manifest_of(mask: Bundle, regions: Bundle, orientation: str = "LPS") -> CascadeManifest:
+    """How NiChart_DLMUSE runs two networks; cortical CSF is filled in where `regions` is DLMUSE's network."""
+    fill = cortical_csf(len(regions.labels))
+    return CascadeManifest(
+        name=regions.name,
+        license=regions.manifest.license,
+        orientation=regions.manifest.network.orientation or mask.manifest.network.orientation or orientation.upper(),
+        stages={"mask": mask.sha256, "regions": regions.sha256},
+        padding_percent=PADDING_PERCENT,
+        keep_largest=False,
+        plausible_mm3=ADULT_ICV_MM3,
+        fill=fill if is_muse((*regions.labels, fill)) else None,
+    )
+
+
+def filled_label(regions: Bundle, index: int) -> Label:
+    """The label `index` for what `regions` leaves without one."""
+    muse = cortical_csf(len(regions.labels))
+    return (
+        muse
+        if is_muse((*regions.labels, muse)) and index == muse.index
+        else Label(muse.number, index, "inside the mask")
+    )

@@ -1,0 +1,248 @@
+"""Signs that a result should be looked at before it is used: each is measured, compared with a limit, and explained.
+
+The limits are chosen, not learned: wide enough that usual scans stay silent. None of them says that a result is right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from edgemuse.runtime.geometry import orientation
+from edgemuse.runtime.labels import Label, by_index, count_voxels, structure_voxels
+from edgemuse.runtime.muse import is_muse, region_voxels
+from edgemuse.runtime.postprocess import TOUCHING
+from edgemuse.runtime.preprocess import Box
+from edgemuse.runtime.types import Affine, Labels, Spacing
+
+CUT_MM2 = 1000.0
+"""A slice of 1 mm that only touches a brain (a sphere of 70 mm) shows 440 mm2 of it, the foramen magnum 800."""
+ANISOTROPY = 3.0
+"""Longest to shortest voxel side beyond which nnU-Net itself treats a scan as made of slices (its ANISO_THRESHOLD)."""
+ASYMMETRY = 0.15
+"""|left - right| over their mean, all pairs of structures together; healthy hemispheres differ by some percent."""
+PAIR_RATIO = 3.0
+"""Larger to smaller side of one pair."""
+PAIR_MM3 = 300.0
+"""Pairs whose larger side is smaller are not compared."""
+APART = 0.3
+"""Share of a structure outside its largest component."""
+APART_MM3 = 1000.0
+"""Structures that are smaller are not asked for it."""
+CONTRAST_TO_NOISE = 8.0
+"""Clean scans have 20 to 40; at 8 the grain is plain to see."""
+NAMED = 5
+"""So many structures are named in an explanation."""
+FACES = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
+OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
+SIDES = {"left": 0, "lh": 0, "l": 0, "right": 1, "rh": 1, "r": 1}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One sign: a short name, a sentence for people, what was measured and the limit it is beyond."""
+
+    name: str
+    explanation: str
+    measured: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at.
+
+    Attributes:
+        shown: (i, j, k) grey values, 0 to 255.
+        classes: (i, j, k) class numbers.
+        labels: of the classes.
+        affine: of both.
+        zooms: mm along i, j, k.
+        spacing: of the network, mm.
+        inside: (i, j, k) the intracranial mask of a cascade; None: whatever is labelled.
+        plausible_mm3: least and largest volume of `inside`; None: any.
+    """
+
+    shown: NDArray[np.uint8]
+    classes: Labels
+    labels: Sequence[Label]
+    affine: Affine
+    zooms: Spacing
+    spacing: Spacing
+    inside: NDArray[np.bool_] | None = None
+    plausible_mm3: tuple[float, float] | None = None
+
+
+def assess(subject: Subject) -> tuple[Flag, ...]:
+    """Every sign that `subject` should be looked at, most general first."""
+    inside = subject.inside
+    if inside is None:
+        inside = np.array([label.index > 0 for label in subject.labels])[subject.classes]
+    voxel_mm3 = float(abs(np.linalg.det(subject.affine[:3, :3])))
+    voxels = structure_voxels(count_voxels(subject.classes, subject.labels), subject.labels)
+    mm3 = {index: count * voxel_mm3 for index, count in voxels.items()}
+    return (
+        *_field_of_view(
+            faces_mm2(inside, subject.affine), "labelled region" if subject.inside is None else "brain mask"
+        ),
+        *_volume(float(inside.sum() * voxel_mm3), subject.plausible_mm3),
+        *_missing(mm3, subject.labels),
+        *_fragmented(apart(subject.classes, subject.labels, voxel_mm3), subject.labels),
+        *_asymmetric(pairs(mm3, subject.labels)),
+        *_noisy(contrast_to_noise(subject.shown, inside)),
+        *_anisotropic(subject.zooms, subject.spacing),
+    )
+
+
+def record(flags: Sequence[Flag]) -> dict[str, Any]:
+    """For the provenance."""
+    return {"quality": [asdict(flag) for flag in flags]}
+
+
+def summary(flags: Sequence[Flag]) -> str:
+    """All explanations in one line."""
+    return "; ".join(flag.explanation for flag in flags)
+
+
+def faces_mm2(inside: NDArray[np.bool_], affine: Affine) -> dict[str, float]:
+    """Area of `inside` on each of the volume's six faces, mm2, by the side of the body that the face looks to."""
+    areas = {}
+    for axis, code in enumerate(orientation(affine)):
+        first, second = (affine[:3, other] for other in range(3) if other != axis)
+        pixel = float(np.linalg.norm(np.cross(first, second)))
+        areas[FACES[OPPOSITE[code]]] = float(np.take(inside, 0, axis).sum()) * pixel
+        areas[FACES[code]] = float(np.take(inside, -1, axis).sum()) * pixel
+    return areas
+
+
+def apart(classes: Labels, labels: Sequence[Label], voxel_mm3: float) -> dict[int, float]:
+    """Share of each structure's voxels outside its largest component, by index; small structures are left out.
+
+    Voxels that share a corner are connected. A structure of several classes counts by its largest class.
+    """
+    shares: dict[int, float] = {}
+    boxes: list[Box | None] = ndimage.find_objects(classes, max_label=len(labels) - 1)
+    for label, box in zip(labels[1:], boxes, strict=True):
+        if box is None or label.index == 0:
+            continue
+        parts, count = ndimage.label(classes[box] == label.number, TOUCHING)
+        sizes = np.bincount(parts.ravel())[1:]
+        if sizes.sum() * voxel_mm3 >= APART_MM3:
+            shares[label.index] = 1 - float(sizes.max() / sizes.sum()) if count > 1 else 0.0
+    return shares
+
+
+def pairs(mm3: Mapping[int, float], labels: Sequence[Label]) -> dict[str, tuple[float, float]]:
+    """Volumes (left, right) of the structures whose names differ in the side alone."""
+    found: dict[str, dict[int, float]] = {}
+    for label in by_index(labels):
+        words = re.split("[^a-z0-9]+", label.name.lower())
+        sides = [SIDES[word] for word in words if word in SIDES]
+        if len(sides) == 1 and label.index:
+            found.setdefault(" ".join(word for word in words if word not in SIDES), {})[sides[0]] = mm3[label.index]
+    return {name: (sides[0], sides[1]) for name, sides in found.items() if len(sides) == 2}
+
+
+def noise(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pseudo-residuals of a volume's inner voxels: each less the mean of its six neighbours.
+
+    Scaled so that white noise keeps its standard deviation (Gasser et al. 1986, doi:10.1093/biomet/73.3.625; used for
+    MRI by Coupé et al. 2010, doi:10.1016/j.media.2010.03.001). Two voxels shorter along each axis.
+    """
+    inner, before, after = slice(1, -1), slice(None, -2), slice(2, None)
+    core = image[inner, inner, inner]
+    total = image[before, inner, inner] + image[after, inner, inner]
+    total += image[inner, before, inner] + image[inner, after, inner]
+    total += image[inner, inner, before] + image[inner, inner, after]
+    residuals: NDArray[np.float32] = np.float32(np.sqrt(6 / 7)) * (core - total / np.float32(6))
+    return residuals
+
+
+def contrast_to_noise(shown: NDArray[np.uint8], inside: NDArray[np.bool_]) -> float | None:
+    """Spread of the intensities inside (10th to 90th percentile) over the standard deviation of their noise.
+
+    The noise is 1.4826 times the median absolute pseudo-residual, so that edges count little; half a grey level at
+    least, which is what rounding to grey levels hides. None where less than a thousand voxels are inside.
+    """
+    found = ndimage.find_objects(inside.view(np.uint8))
+    if not found:
+        return None
+    grey, core = shown[found[0]], inside[found[0]][1:-1, 1:-1, 1:-1]
+    if np.count_nonzero(core) < 1000:
+        return None
+    low, high = np.percentile(grey[1:-1, 1:-1, 1:-1][core], (10, 90))
+    residuals = [noise(grey[i : i + 3].astype(np.float32))[0][plane] for i, plane in enumerate(core)]
+    sigma = 1.4826 * float(np.median(np.abs(np.concatenate(residuals))))
+    return float(high - low) / max(sigma, 0.5)
+
+
+def _field_of_view(areas: Mapping[str, float], what: str) -> Iterator[Flag]:
+    side, area = max(areas.items(), key=lambda item: item[1])
+    if area >= CUT_MM2:
+        text = f"the field of view cuts the {what}: {area:.0f} mm2 of it lie on the {side} face of the volume"
+        yield Flag("field of view", text, area, CUT_MM2)
+    elif area > 0:
+        text = f"the {what} touches the {side} face of the volume ({area:.0f} mm2), so some of it may be missing"
+        yield Flag("border", text, area, 0.0)
+
+
+def _volume(mm3: float, plausible: tuple[float, float] | None) -> Iterator[Flag]:
+    if plausible is not None and not plausible[0] <= mm3 <= plausible[1]:
+        low, high = plausible
+        text = f"an intracranial volume of {mm3 / 1000:.0f} ml is outside {low / 1000:.0f} to {high / 1000:.0f} ml"
+        yield Flag("volume", text, mm3, low if mm3 < low else high)
+
+
+def _missing(mm3: Mapping[int, float], labels: Sequence[Label]) -> Iterator[Flag]:
+    expected = region_voxels({}) if is_muse(labels) else mm3  # vessels and the like are not always found
+    absent = [label.name for label in by_index(labels) if label.index in expected and not mm3[label.index]]
+    if absent:
+        yield Flag("missing", f"{_names(absent)} not found", float(len(absent)), 0.0)
+
+
+def _fragmented(shares: Mapping[int, float], labels: Sequence[Label]) -> Iterator[Flag]:
+    worst = {label.name: shares[label.index] for label in by_index(labels) if shares.get(label.index, 0) > APART}
+    if worst:
+        text = f"{_names(sorted(worst, key=worst.__getitem__, reverse=True))} in pieces"
+        yield Flag("fragmented", text, max(worst.values()), APART)
+
+
+def _asymmetric(sides: Mapping[str, tuple[float, float]]) -> Iterator[Flag]:
+    left, right = (sum(pair[side] for pair in sides.values()) for side in (0, 1))
+    index = 2 * (left - right) / (left + right) if left + right else 0.0
+    if abs(index) > ASYMMETRY:
+        text = f"left and right differ: {left / 1000:.0f} and {right / 1000:.0f} ml over all structures"
+        yield Flag("asymmetry", text, abs(index), ASYMMETRY)
+    ratios = {name: max(pair) / max(min(pair), 1e-9) for name, pair in sides.items() if max(pair) >= PAIR_MM3}
+    worst = {name: ratio for name, ratio in ratios.items() if ratio > PAIR_RATIO}
+    if worst:
+        names = _names(sorted(worst, key=worst.__getitem__, reverse=True))
+        text = f"one side over {PAIR_RATIO:g} times the other: {names}"
+        yield Flag("asymmetric structures", text, float(len(worst)), 0.0)
+
+
+def _noisy(ratio: float | None) -> Iterator[Flag]:
+    if ratio is not None and ratio < CONTRAST_TO_NOISE:
+        text = f"low contrast or strong noise: a contrast-to-noise ratio of {ratio:.1f}, below {CONTRAST_TO_NOISE:g}"
+        yield Flag("noise", text, ratio, CONTRAST_TO_NOISE)
+
+
+def _anisotropic(zooms: Spacing, spacing: Spacing) -> Iterator[Flag]:
+    found, usual = max(zooms) / min(zooms), max(spacing) / min(spacing)
+    if found > ANISOTROPY and found > usual:
+        text = (
+            f"voxels of {' x '.join(f'{zoom:.3g}' for zoom in zooms)} mm are {found:.1f} times longer than wide, "
+            f"{usual:.1f} in training"
+        )
+        yield Flag("anisotropy", text, found, max(ANISOTROPY, usual))
+
+
+def _names(names: Sequence[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

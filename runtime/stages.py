@@ -1,0 +1,200 @@
+"""Segmenting with a cascade: a mask network on the whole scan, a region network on what is inside the mask."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemuse.engines.errors import InputError
+from edgemuse.runtime import picture, quality
+from edgemuse.runtime.bundle import Bundle, Cascade, open_model
+from edgemuse.runtime.cascade import (
+    Mask,
+    fill,
+    largest_component,
+    masked_crop,
+    padded_box,
+    paste,
+    turn_to,
+    turned_affine,
+)
+from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit
+from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch, flagged
+from edgemuse.runtime.preprocess import Box, preprocess
+from edgemuse.runtime.quality import Subject
+from edgemuse.runtime.scan import Scan, open_scan, read_image
+from edgemuse.runtime.types import Affine, Image, Labels, Shape, Spacing
+
+log = logging.getLogger("edgemuse")
+
+HEAD_MM = 240.0
+"""The most that a padded box around an adult's intracranial volume measures; planned for before the mask is known."""
+PER_STAGE = ("model", "backend", "profile", "postprocess")
+"""What the provenance says of each stage."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A scan's voxels on the cascade's grid: (i, j, k) intensities, their affine and mm along each axis."""
+
+    image: Image
+    affine: Affine
+    zooms: Spacing
+
+
+class CascadeSegmenter:
+    """A cascade and its two engines, ready for any number of scans. Use it as a context manager."""
+
+    def __init__(self, cascade: Cascade, options: Options) -> None:
+        self.cascade, self.options = cascade, options
+        self.mask, self.regions = Segmenter(cascade.mask, options), Segmenter(cascade.regions, options)
+
+    def __enter__(self) -> CascadeSegmenter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.mask.close()
+        self.regions.close()
+
+    def segment(self, path: str | Path, progress: Progress = lambda done, total: None) -> Segmentation:
+        """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
+        watch = Stopwatch()
+        with watch.stage("load"):
+            scan = open_scan(path)
+            memory = self.plan(scan)
+            check_memory(scan, memory, self.options.max_ram)
+            log.info("memory: %s", memory)
+            image = read_image(scan)
+            shown = picture.to_bytes(image)
+        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
+        turned = Turned(turn.apply(image), turned_affine(scan.affine, scan.shape, turn), turn.spacing(scan.zooms))
+        del image
+        in_mask, in_regions = Stopwatch("mask "), Stopwatch("regions ")
+        with self._room(self.mask, scan, memory):
+            first, mask = self._find_mask(scan, turned, in_mask, progress)
+        with self._room(self.regions, scan, memory):
+            second, box, classes = self._label(scan, turned, mask, in_regions, _after(first.plan.count, progress))
+        found, inside = turn.undo(classes), turn.undo(mask)
+        with watch.stage("quality"):
+            flags = flagged(scan, self._subject(scan, shown, found, inside))
+        seconds = watch.seconds | in_mask.seconds | in_regions.seconds
+        held = self._held(scan)
+        planned = max(memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan)
+        record = self._record(scan, first, second, planned, seconds)
+        record["mask"] = {"voxels": int(mask.sum()), "mm3": float(mask.sum() * _voxel_mm3(scan)), "crop": _sides(box)}
+        return Segmentation(scan, shown, found, self.cascade.labels, flags, seconds, record | quality.record(flags))
+
+    def _subject(self, scan: Scan, shown: NDArray[np.uint8], classes: Labels, inside: Mask) -> Subject:
+        labels, spacing = self.cascade.labels, self.regions.network.spacing
+        plausible = self.cascade.manifest.plausible_mm3
+        return Subject(shown, classes, labels, scan.affine, scan.zooms, spacing, inside, plausible)
+
+    def plan(self, scan: Scan, crop: Shape | None = None) -> MemoryPlan:
+        """The memory that `scan` will take at most, if what is inside the mask has the shape `crop` (None: a head)."""
+        i, j, k = (min(size, math.ceil(HEAD_MM / zoom)) for size, zoom in zip(scan.shape, scan.zooms, strict=True))
+        mask, regions = self.mask.plan(scan), self.regions.plan(replace(scan, shape=crop or (i, j, k)))
+        return MemoryPlan(
+            engine=max(mask.engine, regions.engine),
+            scan=mask.scan + self._held(scan),
+            preprocessing=max(mask.preprocessing, regions.preprocessing),
+            features=max(mask.features, regions.features),
+        )
+
+    def _find_mask(self, scan: Scan, turned: Turned, watch: Stopwatch, progress: Progress) -> tuple[Run, Mask]:
+        with watch.stage("preprocess"):
+            prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
+        run = self.mask.run(scan, prepared, watch, lambda done, total: progress(done, 2 * total), self._held(scan))
+        outside = np.array([label.index == 0 for label in self.mask.bundle.labels])
+        mask: Mask = ~outside[run.classes]
+        if self.cascade.manifest.keep_largest:
+            mask = largest_component(mask)
+        if not mask.any():
+            raise InputError(
+                f"{scan.path}: {self.mask.bundle.name} found no brain; look at the scan and its orientation"
+            )
+        return run, mask
+
+    def _label(
+        self, scan: Scan, turned: Turned, mask: Mask, watch: Stopwatch, progress: Progress
+    ) -> tuple[Run, Box, Labels]:
+        with watch.stage("crop"):
+            box = padded_box(mask, self.cascade.manifest.padding_percent)
+            crop = masked_crop(turned.image, mask, box)
+        if not crop.any():
+            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
+        check_memory(scan, self.plan(scan, _shape(crop)), self.options.max_ram)
+        cropped = replace(scan, shape=_shape(crop))
+        with watch.stage("preprocess"):
+            prepared = preprocess(crop, turned.affine, turned.zooms, self.regions.network)
+            del crop
+        run = self.regions.run(cropped, prepared, watch, progress, self._held(scan) + self.mask.plan(scan).scan)
+        with watch.stage("paste"):
+            classes = paste(run.classes, box, _shape(turned.image))
+            if self.cascade.manifest.fill is not None:
+                classes = fill(classes, mask, self.regions.bundle.labels, self.cascade.manifest.fill.number)
+        return run, box, classes
+
+    def _held(self, scan: Scan) -> int:
+        """Bytes that stay for the second stage and for the way back: the scan, the mask, and its classes."""
+        return 6 * math.prod(scan.shape)
+
+    @contextlib.contextmanager
+    def _room(self, stage: Segmenter, scan: Scan, memory: MemoryPlan) -> Iterator[None]:
+        """Close the engine of `stage` afterwards, unless both fit into the memory at once.
+
+        Large tiles take what memory there is, and each scan's differ.
+        """
+        yield
+        if stage.profile.large_tiles:
+            stage.close()
+            return
+        smaller = min(self.mask.plan(scan).engine, self.regions.plan(scan).engine)
+        if memory.total + smaller > memory_limit(self.options.max_ram):
+            stage.close()
+
+    def _record(self, scan: Scan, first: Run, second: Run, planned: int, seconds: dict[str, float]) -> dict[str, Any]:
+        """The provenance: of the whole, and under `stages` what differs between them."""
+        mask, regions = self.mask.provenance(scan, first, seconds), self.regions.provenance(scan, second, seconds)
+        regions["memory"]["planned_bytes"] = planned
+        whole = {"model": {"name": self.cascade.name, "sha256": self.cascade.sha256}}
+        common = {key: value for key, value in regions.items() if key not in PER_STAGE}
+        stages = {
+            role: {key: record[key] for key in PER_STAGE} for role, record in (("mask", mask), ("regions", regions))
+        }
+        return common | whole | {"stages": stages}
+
+
+def segmenter_of(model: Bundle | Cascade, options: Options) -> Segmenter | CascadeSegmenter:
+    """What segments with `model`."""
+    return CascadeSegmenter(model, options) if isinstance(model, Cascade) else Segmenter(model, options)
+
+
+def open_segmenter(path: str | Path, options: Options) -> Segmenter | CascadeSegmenter:
+    """What segments with the bundle or cascade at `path`; raises BundleError."""
+    return segmenter_of(open_model(path), options)
+
+
+def _after(tiles: int, progress: Progress) -> Progress:
+    return lambda done, total: progress(tiles + done, tiles + total)
+
+
+def _voxel_mm3(scan: Scan) -> float:
+    return float(abs(np.linalg.det(scan.affine[:3, :3])))
+
+
+def _shape(image: Image) -> Shape:
+    i, j, k = image.shape
+    return i, j, k
+
+
+def _sides(box: Box) -> list[list[int]]:
+    return [[side.start, side.stop] for side in box]
