@@ -130,8 +130,9 @@ def _results(summaries: Sequence[Summary]) -> Section:
         "seconds",
         "ratio",
         "cold",
-        "s/scan, batch",
+        "batch, s/scan",
         "memory",
+        "installed",
         "energy",
     ]
     rows = [

@@ -161,6 +161,10 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
     assert "<script" not in page
     assert "import" not in re.findall(r"<style>(.*?)</style>", page, re.DOTALL)[0]
     text = (tmp_path / "report.md").read_text()
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:  # as many cells in every row as in the header
+        assert len({line.count("|") for line in table.splitlines()}) == 1
     for name in re.findall(r"\]\((.*?)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"<svg")
 
