@@ -6,17 +6,18 @@ import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 import psutil
 
 from edgemuse.engines.hardware import peak_memory
 
 POWERCAP = Path("/sys/class/powercap")
-INTERVAL = 0.02
-"""Seconds between two looks at the memory: closer ones would themselves cost a noticeable share of a core."""
+INTERVAL = 0.05
+"""Seconds between two looks at the memory: each takes a millisecond or two of a core that is being measured."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Run:
 
     Attributes:
         seconds: wall time.
-        peak: highest resident memory of the process and its children together, bytes; pages that they share count
-            once for each.
+        peak: highest resident memory of the process alone, as the system keeps it, or of it and its children together,
+            as seen from time to time; bytes. Pages that they share count once for each.
         joules: what the processor packages used meanwhile, the rest of the machine's work included; None where that
             cannot be read.
     """
@@ -46,30 +47,41 @@ def measure(command: Sequence[str], environment: Mapping[str, str]) -> Run:
         before, start = energy(), time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
         try:
-            peak = _follow(process)
+            with _watched(process.pid) as peaks:
+                process.wait()
+                seconds, after = time.perf_counter() - start, energy()
         finally:
             process.kill()  # does nothing to a process that has ended
             process.wait()
-        seconds, after = time.perf_counter() - start, energy()
         if process.returncode:
             stderr.seek(0)
             lines = stderr.read().decode(errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
             raise ProcessFailure(f"exit code {process.returncode}: {last}")
-    return Run(seconds, peak, joules_between(before, after))
+    return Run(seconds, max(peaks, default=0), joules_between(before, after))
 
 
-def _follow(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end of the process; returns the peak memory of its tree."""
-    peak = 0
-    root = psutil.Process(process.pid)
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error):
-            children = root.children(recursive=True)
-            peak = max(peak, peak_memory(process.pid) + sum(_resident(child) for child in children))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(INTERVAL)
-    return peak
+@contextlib.contextmanager
+def _watched(pid: int) -> Iterator[list[int]]:
+    """Look at the memory of the process and its children while the block runs; the list receives what was seen."""
+    peaks: list[int] = []
+    ended = Event()
+
+    def look() -> None:
+        with contextlib.suppress(psutil.Error):  # the process has ended
+            root = psutil.Process(pid)
+            while not ended.is_set():
+                tree = (root, *root.children(recursive=True))
+                peaks.append(max(peak_memory(pid), sum(map(_resident, tree))))
+                ended.wait(INTERVAL)
+
+    watcher = Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def _resident(process: psutil.Process) -> int:
