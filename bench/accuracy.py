@@ -132,7 +132,7 @@ def compare(found: LabelMap, truth: LabelMap, structures: Sequence[Structure], a
     theirs = _renumbered(truth, [structure.truth for structure in structures])
     spacing = voxel_sizes(affine)
     overlaps = dice(ours, theirs)
-    boxes = ndimage.find_objects(np.maximum(ours, 0)), ndimage.find_objects(theirs)
+    boxes = ndimage.find_objects(ours), ndimage.find_objects(theirs)
     scores = tuple(
         _score(structures[number - 1].name, overlap, number, (ours, theirs), boxes, spacing)
         for number, overlap in overlaps.items()

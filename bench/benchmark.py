@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemuse.bench.accuracy import Comparison, Structure, compare_files, read_mapping, same_protocol
+import numpy as np
+
+from edgemuse.bench.accuracy import Structure, compare_files, read_labels, read_mapping, same_protocol
 from edgemuse.bench.footprint import footprint
 from edgemuse.bench.report import write_report
 from edgemuse.bench.rows import Results, context
-from edgemuse.bench.run import (
-    Subject,
-    find_scans,
-    folder_sha256,
-    label_path,
-    measure_all,
-    schedule,
-    truth_of,
-)
+from edgemuse.bench.run import Subject, folder_sha256, label_path, measure_all, scans_in, schedule
 from edgemuse.bench.scaling import scale
-from edgemuse.bench.systems import System, all_systems, baseline, quick, select
-from edgemuse.engines.errors import InputError
+from edgemuse.bench.summary import baseline_of
+from edgemuse.bench.systems import System, all_systems, quick, select
+from edgemuse.calibration.scans import Source
+from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN
 from edgemuse.runtime.bundle import Cascade, open_model
 from edgemuse.runtime.scan import file_sha256, scan_stem
@@ -52,19 +48,21 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     model.verify()
     if request.reference and isinstance(model, Cascade):
         raise InputError(f"{model.path} is a cascade, which nnU-Net's predictor cannot run; leave --reference out")
-    scans = find_scans(request.data) if request.data else (SAMPLE_SCAN,)
+    scans = scans_in(request.data or SAMPLE_SCAN.parent)
     subject = Subject(model, request.reference, scans[:1] if request.quick else scans, request.threads)
     systems = _systems(request, subject)
     structures = same_protocol(model.labels)
     mapped = read_mapping(request.mapping, model.labels) if request.mapping else structures
+    _check_truth(subject.scans, mapped)
     hashes = (model.sha256, folder_sha256(request.reference) if request.reference else None)
     results = Results(request.output, context(request.threads, *hashes))
+    _check_unchanged(results, subject.scans)
     say(f"{len(systems)} systems on {len(subject.scans)} scans: {', '.join(system.name for system in systems)}")
     measure_all(subject, schedule(systems, subject.scans, request.repeats, not request.quick), results, say)
     for system in systems:
         if results.find(kind="installed", system=system.name) is None:
             results.add(kind="installed", system=system.name, bytes=footprint(system.name))
-    score_all(subject, systems, results, structures, mapped, say)
+    score_all(subject, results, structures, mapped, say)
     if request.scaling:
         with tempfile.TemporaryDirectory(prefix="edgemuse-scaling-") as work:
             scale(subject, _scaled(systems), results, Path(work), say)
@@ -83,50 +81,49 @@ def _scaled(systems: Sequence[System]) -> System:
     return next((system for system in systems if system.family == "edgemuse"), systems[0])
 
 
+def _check_truth(scans: Sequence[Source], table: Sequence[Structure]) -> None:
+    """Raise InputError, before anything is measured, for a truth that none of the model's structures is in."""
+    known = {number for structure in table for number in structure.truth}
+    for scan in scans:
+        if scan.truth is not None and known.isdisjoint(np.unique(read_labels(scan.truth)[0]).tolist()):
+            raise InputError(
+                f"{scan.truth}: none of the model's structures is in it; if it has another protocol, say which labels "
+                "correspond with --mapping"
+            )
+
+
+def _check_unchanged(results: Results, scans: Sequence[Source]) -> None:
+    """Raise OutputError where the report holds measurements on another scan of the same name."""
+    for scan in scans:
+        row = results.find(kind="run", scan=scan_stem(scan.path))
+        if row is not None and row["scan_sha256"] != [scan.sha256]:
+            raise OutputError(f"{results.folder} was made with another {scan.path.name}; choose another folder")
+
+
 def score_all(
     subject: Subject,
-    systems: Sequence[System],
     results: Results,
     structures: Sequence[Structure],
     mapped: Sequence[Structure],
     say: Callable[[str], None],
 ) -> None:
     """Compare every label map with the truth, through `mapped`, and with the baseline's."""
-    base = baseline(systems)
-    for scan, system in itertools.product(subject.scans, systems):
-        found = label_path(results.folder, system.name, scan)
-        if not found.exists():  # the system failed
-            continue
-        for against, other, table in _others(results.folder, scan, base, structures, mapped):
+    base = baseline_of(results.rows)
+    names = dict.fromkeys(row["system"] for row in results.rows if row["kind"] == "run")
+    for scan, name in itertools.product(subject.scans, names):
+        found, theirs = (label_path(results.folder, system, scan.path) for system in (name, base))
+        for against, other, table in (("truth", scan.truth, mapped), (base, theirs, structures)):
+            if other is None or not (found.exists() and other.exists()):  # a system failed
+                continue
             key = {
                 "kind": "accuracy",
-                "system": system.name,
-                "scan": scan_stem(scan),
+                "system": name,
+                "scan": scan_stem(scan.path),
                 "found_sha256": file_sha256(found),
                 "against": against,
                 "against_sha256": file_sha256(other),
                 "mapping": [structure.name for structure in table],
             }
             if results.find(**key) is None:
-                say(f"scoring {system.name}  {scan_stem(scan)}  against the {against}")
-                results.add(**key, baseline=base.name, **_compare(found, other, table).fields())
-
-
-def _others(
-    report: Path, scan: Path, base: System, structures: Sequence[Structure], mapped: Sequence[Structure]
-) -> Iterable[tuple[str, Path, Sequence[Structure]]]:
-    truth, labels = truth_of(scan), label_path(report, base.name, scan)
-    if truth is not None:
-        yield "truth", truth, mapped
-    if labels.exists():
-        yield "baseline", labels, structures
-
-
-def _compare(found: Path, other: Path, table: Sequence[Structure]) -> Comparison:
-    comparison = compare_files(found, other, table)
-    if not comparison.scores:
-        raise InputError(
-            f"{other}: none of the model's structures is in it, nor in the result; if it has another protocol, "
-            "say which labels correspond with --mapping"
-        )
-    return comparison
+                say(f"scoring {name}  {scan_stem(scan.path)}  against {against}")
+                results.add(**key, **compare_files(found, other, table).fields())

@@ -11,13 +11,11 @@ from statistics import fmean
 
 from edgemuse.bench import figures
 from edgemuse.bench.rows import Row
-from edgemuse.bench.run import label_path, truth_of
+from edgemuse.bench.run import label_path
 from edgemuse.bench.scaling import AXES, curves
 from edgemuse.bench.summary import (
-    AGREEMENT,
     SHIFT,
     STRUCTURE_AGREEMENT,
-    STRUCTURE_DROP,
     Accuracy,
     Spread,
     Summary,
@@ -25,6 +23,8 @@ from edgemuse.bench.summary import (
     summarise,
 )
 from edgemuse.bench.worker import STAGES
+from edgemuse.calibration.gate import LARGEST_DROP, SMALLEST_AGREEMENT
+from edgemuse.calibration.scans import Source
 from edgemuse.runtime.outputs import write_files
 from edgemuse.runtime.scan import scan_stem
 
@@ -44,9 +44,9 @@ edgemuse runs as `edgemuse segment --no-postprocess --no-qc`.
 Dice is the mean over structures of their mean over scans. Structures that neither map has are left out and counted; \
 one that only one map has scores 0 and has no distance. *HD95* is the larger of the two 95th percentiles of distances \
 between borders. A system is flagged where its mean Dice against the truth falls below 99.9 % (int8: 99 %) of the \
-baseline's, that of a structure by more than {STRUCTURE_DROP}, where its mean Dice with the baseline's labels is below \
-{AGREEMENT}, that of a structure below {STRUCTURE_AGREEMENT}, or where a structure's centre lies more than {SHIFT} \
-voxels off the baseline's."""
+baseline's, that of a structure by more than {LARGEST_DROP}, where its mean Dice with the baseline's labels is below \
+{SMALLEST_AGREEMENT}, that of a structure below {STRUCTURE_AGREEMENT}, or where a structure's centre lies more than \
+{SHIFT} voxels off the baseline's."""
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}
@@ -67,7 +67,7 @@ class Section:
     figures: dict[str, bytes | None] = field(default_factory=dict)
 
 
-def write_report(folder: Path, rows: Sequence[Row], scans: Sequence[Path] = (), command: str = "") -> Path:
+def write_report(folder: Path, rows: Sequence[Row], scans: Sequence[Source] = (), command: str = "") -> Path:
     """Write the report on `rows` into `folder`, with pictures of `scans` if they are given; returns the HTML file."""
     sections = list(_sections(folder, rows, scans, command))
     pictures = {name: data for section in sections for name, data in section.figures.items() if data is not None}
@@ -79,7 +79,7 @@ def write_report(folder: Path, rows: Sequence[Row], scans: Sequence[Path] = (), 
     return folder / "report.html"
 
 
-def _sections(folder: Path, rows: Sequence[Row], scans: Sequence[Path], command: str) -> Iterator[Section]:
+def _sections(folder: Path, rows: Sequence[Row], scans: Sequence[Source], command: str) -> Iterator[Section]:
     summaries = summarise(rows)
     shown = focus(summaries)
     yield Section("edgemuse bench", _environment(rows, command))
@@ -217,22 +217,21 @@ def _accuracy_row(accuracy: Accuracy) -> list[str]:
 
 
 def _slices(
-    folder: Path, rows: Sequence[Row], scans: Sequence[Path], base: Summary, shown: Summary
+    folder: Path, rows: Sequence[Row], scans: Sequence[Source], base: Summary, shown: Summary
 ) -> dict[str, bytes | None]:
     """Pictures of the scans on which the system shown is worst, against the truth if there is one."""
     dice = {
         row["scan"]: fmean(score["dice"] for score in row["structures"])
         for row in sorted(rows, key=lambda row: row.get("against") == "truth")
-        if row["kind"] == "accuracy" and row["system"] == shown.system
+        if row["kind"] == "accuracy" and row["system"] == shown.system and row["structures"]
     }
-    known = [scan for scan in scans if scan_stem(scan) in dice]
+    known = [scan for scan in scans if scan_stem(scan.path) in dice]
     pictures: dict[str, bytes | None] = {}
-    for scan in sorted(known, key=lambda scan: dice[scan_stem(scan)])[:WORST_SCANS]:
-        truth = truth_of(scan)
-        maps = [("truth", truth)] if truth else []
-        maps += [(system, label_path(folder, system, scan)) for system in (base.system, shown.system)]
+    for scan in sorted(known, key=lambda scan: dice[scan_stem(scan.path)])[:WORST_SCANS]:
+        maps = [] if scan.truth is None else [("truth", scan.truth)]
+        maps += [(system, label_path(folder, system, scan.path)) for system in (base.system, shown.system)]
         if all(path.exists() for _, path in maps):
-            pictures[f"worst_{scan_stem(scan)}"] = figures.worst_slices(scan, maps)
+            pictures[f"worst_{scan_stem(scan.path)}"] = figures.worst_slices(scan.path, maps)
     return pictures
 
 

@@ -19,24 +19,24 @@ import numpy as np
 
 from edgemuse.bench import scans as copies
 from edgemuse.bench.plain import logits_graph
-from edgemuse.bench.process import ProcessFailure, measure
+from edgemuse.bench.process import ProcessFailure, Run, measure
 from edgemuse.bench.rows import Results, Row
 from edgemuse.bench.systems import System
 from edgemuse.bench.worker import Job
+from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import InputError
 from edgemuse.runtime.bundle import Bundle, Cascade
 from edgemuse.runtime.cli import LINEAR_ALGEBRA
 from edgemuse.runtime.geometry import orientation
 from edgemuse.runtime.labels import Label, to_indices
 from edgemuse.runtime.outputs import nifti_bytes, write_files
-from edgemuse.runtime.scan import SUFFIXES, file_sha256, open_scan, scan_stem
+from edgemuse.runtime.scan import file_sha256, open_scan, scan_stem
 
 LABELS = "labels"
 CACHE = "cache"
 """Compiled engines, in the report's folder until it is whole: a run that goes on must not find them cold."""
-TRUTH = "_dseg"
-GRAPH = "logits.onnx"
 OUTPUT = "output"
+WORKER = "edgemuse.bench.worker"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Subject:
 
     model: Bundle | Cascade
     reference: Path | None
-    scans: tuple[Path, ...]
+    scans: tuple[Source, ...]
     threads: int | None
 
 
@@ -54,7 +54,7 @@ class Step:
     """One process to run: a system on one scan, or on all of them (`batch`). Round 0 warms up, its cache empty."""
 
     system: System
-    scans: tuple[Path, ...]
+    scans: tuple[Source, ...]
     round: int
     batch: bool = False
 
@@ -64,8 +64,8 @@ class Step:
         return {
             "kind": "batch" if self.batch else "run",
             "system": self.system.name,
-            "scan": " ".join(map(scan_stem, self.scans)),
-            "scan_sha256": [file_sha256(scan) for scan in self.scans],
+            "scan": " ".join(scan_stem(scan.path) for scan in self.scans),
+            "scan_sha256": [scan.sha256 for scan in self.scans],
             "round": self.round,
         }
 
@@ -74,28 +74,32 @@ class Step:
         """For people."""
         if self.batch:
             return f"{len(self.scans)} scans in one process"
-        return f"{scan_stem(self.scans[0])}, {f'round {self.round}' if self.round else 'warm-up'}"
+        return f"{scan_stem(self.scans[0].path)}, {f'round {self.round}' if self.round else 'warm-up'}"
 
 
-def find_scans(folder: Path) -> tuple[Path, ...]:
-    """The scans in `folder`, without the label maps beside them; raises InputError if there are none."""
-    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
-    scans = tuple(path for path in files if not scan_stem(path).endswith(TRUTH))
-    if not scans:
+class Progress:
+    """Says what is done and how long the rest will take, from the time that each took so far."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self.total, self._say, self._done, self._start = total, say, 0, time.perf_counter()
+
+    def done(self, what: str) -> None:
+        """One more is done."""
+        self._done += 1
+        seconds = (time.perf_counter() - self._start) / self._done * (self.total - self._done)
+        left = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+        self._say(f"[{self._done}/{self.total}] {what}; {left} left")
+
+
+def scans_in(folder: Path) -> tuple[Source, ...]:
+    """The scans in `folder`, each with `<stem>_dseg.nii.gz` beside it as its truth; raises InputError."""
+    sources = tuple(find_scans(folder))
+    if not sources:
         raise InputError(f"{folder}: no scan (.nii.gz, .nii) in this folder")
-    stems = [scan_stem(scan) for scan in scans]
+    stems = [scan_stem(source.path) for source in sources]
     if len(set(stems)) < len(stems):
         raise InputError(f"{folder}: two scans have the same name but for _T1w; rename one")
-    return scans
-
-
-def truth_of(scan: Path) -> Path | None:
-    """The label map beside `scan`, `<stem>_dseg.nii.gz`, if there is one."""
-    for suffix in SUFFIXES:
-        path = scan.with_name(f"{scan_stem(scan)}{TRUTH}{suffix}")
-        if path.is_file():
-            return path
-    return None
+    return sources
 
 
 def folder_sha256(folder: Path) -> str:
@@ -104,7 +108,7 @@ def folder_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
-def schedule(systems: Sequence[System], scans: Sequence[Path], repeats: int, batch: bool) -> list[Step]:
+def schedule(systems: Sequence[System], scans: Sequence[Source], repeats: int, batch: bool) -> list[Step]:
     """Round after round, every system in turn: what slows the machine down for a while slows all of them."""
     rounds = range(repeats + 1)
     steps = [Step(system, (scan,), n) for scan in scans for n in rounds for system in systems]
@@ -116,65 +120,78 @@ def measure_all(subject: Subject, steps: Sequence[Step], results: Results, say: 
     missing = [step for step in steps if results.find(**step.key) is None]
     if len(missing) < len(steps):
         say(f"{len(steps) - len(missing)} of {len(steps)} measurements are there already")
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="edgemuse-bench-") as folder:
-        if isinstance(subject.model, Bundle) and any(step.system.family == "plain" for step in missing):
-            (Path(folder) / GRAPH).write_bytes(logits_graph(subject.model))
-        for done, step in enumerate(missing, 1):
+    progress = Progress(len(missing), say)
+    with tempfile.TemporaryDirectory(prefix="edgemuse-bench-") as work:
+        for step in missing:
             key = step.key
             if results.find(system=key["system"], scan=key["scan"], round=0, failed=True):
+                progress.done(f"{key['system']}, {step.what}: left out, its warm-up failed")
                 continue
-            row = results.add(**key, created=_now(), **_take(step, subject, Path(folder), results.folder))
-            outcome = row["error"] if row["failed"] else f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB"
-            left = (time.perf_counter() - start) / done * (len(missing) - done)
-            say(f"[{done}/{len(missing)}] {key['system']}, {step.what}: {outcome}; {_duration(left)} left")
+            row = results.add(**key, created=_now(), **_take(step, subject, Path(work), results.folder))
+            progress.done(f"{key['system']}, {step.what}: {outcome(row)}")
     shutil.rmtree(results.folder / CACHE, ignore_errors=True)
+
+
+def outcome(row: Row) -> str:
+    """A row in a few words: its time and memory, or why it failed."""
+    return str(row["error"]) if row["failed"] else f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB"
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-
 def _take(step: Step, subject: Subject, work: Path, report: Path) -> Row:
-    """Run a step; compiled engines are kept from round 0 of a scan on, each system's apart, and its first labels."""
-    cache = report / CACHE / step.system.name / scan_stem(step.scans[-1])
+    """Run a step. Compiled engines and labels are kept from round 0 of a scan on, each system's apart."""
+    caches = [report / CACHE / step.system.name / scan_stem(scan.path) for scan in step.scans]
+    cache = report / CACHE / step.system.name / "batch" if step.batch else caches[0]
     if step.round == 0:
         shutil.rmtree(cache, ignore_errors=True)
+    for scan, warm in zip(step.scans, caches, strict=True):
+        if step.round and not warm.exists():  # it was taken away when the report was whole
+            run_step(Step(step.system, (scan,), 0), subject, work, warm)
+            warm.mkdir(parents=True, exist_ok=True)
+        if step.batch:
+            shutil.copytree(warm, cache, dirs_exist_ok=True)
     row = run_step(step, subject, work, cache)
-    if not row["failed"]:
-        for scan in step.scans:
-            _keep(step.system, scan, work / OUTPUT, subject.model.labels, report)
+    cache.mkdir(parents=True, exist_ok=True)  # even where the system keeps nothing, it is warm now
+    if not row["failed"] and not step.batch:
+        _keep(step, work / OUTPUT, subject.model.labels, report)
     return row
 
 
 def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
     """Run the step's process; returns what it gave as fields of a row. Label maps are left in `work / OUTPUT`."""
+    try:
+        run, row = run_process(WORKER, step, subject, work, cache)
+    except ProcessFailure as failure:
+        return {"failed": True, "error": str(failure)}
+    row["stages"]["rest"] = run.seconds - sum(row["stages"].values())
+    return row | {"failed": False, "seconds": run.seconds, "peak_bytes": run.peak, "joules": run.joules}
+
+
+def run_process(module: str, step: Step, subject: Subject, work: Path, cache: Path) -> tuple[Run, Row]:
+    """Run `module` on a job in a process of its own; how that went, and what it wrote. Raises ProcessFailure."""
     output, result = work / OUTPUT, work / "result.json"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    scans = [_as_trained(scan, subject.model, work) if step.system.family == "nnunet" else scan for scan in step.scans]
+    nnunet, graph = step.system.family == "nnunet", work / f"{subject.model.sha256}.onnx"
+    if step.system.family == "plain" and isinstance(subject.model, Bundle) and not graph.exists():
+        graph.write_bytes(logits_graph(subject.model))
+    scans = [_as_trained(scan, subject.model, work) if nnunet else scan.path for scan in step.scans]
     job = Job(
         step.system.name,
         str(subject.model.path.resolve()),
         None if subject.reference is None else str(subject.reference.resolve()),
-        str(work / GRAPH),
+        str(graph),
         [str(scan.resolve()) for scan in scans],
         str(output),
         subject.threads,
         time.perf_counter(),
     )
-    command = [sys.executable, "-m", "edgemuse.bench.worker", json.dumps(asdict(job)), str(result)]
-    try:
-        run = measure(command, _environment(step.system.family, subject, cache))
-    except ProcessFailure as failure:
-        return {"failed": True, "error": str(failure)}
-    row: Row = json.loads(result.read_text())
-    row["stages"]["rest"] = run.seconds - sum(row["stages"].values())
-    return row | {"failed": False, "seconds": run.seconds, "peak_bytes": run.peak, "joules": run.joules}
+    command = [sys.executable, "-m", module, json.dumps(asdict(job)), str(result)]
+    run = measure(command, _environment(step.system.family, subject, cache))
+    return run, json.loads(result.read_text())
 
 
 def _environment(family: str, subject: Subject, cache: Path) -> dict[str, str]:
@@ -187,15 +204,15 @@ def _environment(family: str, subject: Subject, cache: Path) -> dict[str, str]:
     return environment
 
 
-def _as_trained(scan: Path, model: Bundle | Cascade, work: Path) -> Path:
+def _as_trained(scan: Source, model: Bundle | Cascade, work: Path) -> Path:
     """The scan in the orientation that the network was trained on: nnU-Net takes voxels as they are stored."""
     codes = model.manifest.network.orientation if isinstance(model, Bundle) else model.manifest.orientation
-    if codes is None or orientation(open_scan(scan).affine) == codes:
-        return scan
-    target = work / "upright" / scan.name
+    if codes is None or orientation(open_scan(scan.path).affine) == codes:
+        return scan.path
+    target = work / "upright" / scan.sha256 / scan.path.name
     if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        copies.reoriented(scan, target, codes)
+        target.parent.mkdir(parents=True)
+        copies.reoriented(scan.path, target, codes)
     return target
 
 
@@ -204,16 +221,17 @@ def label_path(report: Path, system: str, scan: Path) -> Path:
     return report / LABELS / system.replace("/", "_") / f"{scan_stem(scan)}_dseg.nii.gz"
 
 
-def _keep(system: System, scan: Path, output: Path, labels: Sequence[Label], report: Path) -> None:
-    made, target = output / f"{scan_stem(scan)}_dseg.nii.gz", label_path(report, system.name, scan)
-    if target.exists():
+def _keep(step: Step, output: Path, labels: Sequence[Label], report: Path) -> None:
+    scan = step.scans[0].path
+    made, target = output / f"{scan_stem(scan)}_dseg.nii.gz", label_path(report, step.system.name, scan)
+    if step.round and target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    data = _on_the_scans_grid(made, scan, labels) if system.family == "nnunet" else made.read_bytes()
+    data = on_the_scans_grid(made, scan, labels) if step.system.family == "nnunet" else made.read_bytes()
     write_files({target: data})
 
 
-def _on_the_scans_grid(made: Path, scan: Path, labels: Sequence[Label]) -> bytes:
+def on_the_scans_grid(made: Path, scan: Path, labels: Sequence[Label]) -> bytes:
     """Class numbers in the training data's orientation as the protocol's numbers in the scan's."""
     given, stored = nib.load(made), open_scan(scan)
     back = nib.orientations.ornt_transform(nib.io_orientation(given.affine), nib.io_orientation(stored.affine))

@@ -11,16 +11,18 @@ import numpy as np
 
 from edgemuse.bench import scans as copies
 from edgemuse.bench.rows import Results, Row
-from edgemuse.bench.run import Step, Subject, run_step
+from edgemuse.bench.run import Progress, Step, Subject, outcome, run_step
 from edgemuse.bench.systems import System
+from edgemuse.calibration.scans import Source
 from edgemuse.engines.hardware import cpu_cores
 from edgemuse.export.writer import HEAD, head_bytes, write_bundle
 from edgemuse.runtime.bundle import Bundle, Head, file_entry, open_bundle
 from edgemuse.runtime.labels import Label
+from edgemuse.runtime.scan import file_sha256
 
 SPACINGS = (2.0, 1.5, 1.0, 0.7)
 CLASSES = (2, 33, 152)
-SCANS = (1, 2, 4, 8, 16, 32)
+SCANS = (1, 8, 32)
 AXES = {
     "spacing": "voxel size, mm",
     "classes": "classes (random heads)",
@@ -36,30 +38,31 @@ class Point:
     axis: str
     value: float
     subject: Subject
-    scans: tuple[Path, ...]
+    scans: tuple[Source, ...]
 
 
 def scale(subject: Subject, system: System, results: Results, work: Path, say: Callable[[str], None]) -> None:
-    """Measure the points that `results` does not hold, each warm: after a run that is not counted."""
-    for point in points(subject, work):
-        key = {"kind": "scaling", "system": system.name, "axis": point.axis, "value": point.value}
-        if results.find(**key) is not None:
-            continue
-        cache = work / "engines"
-        for _ in range(2):
-            row = run_step(Step(system, point.scans, 1, batch=True), point.subject, work, cache)
-        results.add(**key, **row)
-        outcome = row["error"] if row["failed"] else f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB"
-        say(f"{AXES[point.axis]}: {point.value:g}: {outcome}")
+    """Measure the points that `results` does not hold, each warm: after a run on one scan that is not counted."""
+    missing = [point for point in points(subject, work) if results.find(**_key(point, system)) is None]
+    progress = Progress(len(missing), say)
+    for point in missing:
+        for scans in (point.scans[:1], point.scans):
+            row = run_step(Step(system, scans, 1, batch=True), point.subject, work, work / "engines")
+        results.add(**_key(point, system), **row)
+        progress.done(f"{AXES[point.axis]}: {point.value:g}: {outcome(row)}")
+
+
+def _key(point: Point, system: System) -> Row:
+    return {"kind": "scaling", "system": system.name, "axis": point.axis, "value": point.value}
 
 
 def points(subject: Subject, work: Path) -> Iterator[Point]:
-    """Every point of every curve; scans and bundles are made in `work` as they are needed."""
+    """Every point of every curve; its scans and bundles are made in `work`."""
     scan = subject.scans[0]
     for mm in SPACINGS:
-        path = work / f"{mm:g}mm" / scan.name
+        path = work / f"{mm:g}mm" / scan.path.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield Point("spacing", mm, subject, (copies.resampled(scan, path, (mm, mm, mm)),))
+        yield Point("spacing", mm, subject, (_source(copies.resampled(scan.path, path, (mm, mm, mm))),))
     if isinstance(subject.model, Bundle):
         for classes in CLASSES:
             bundle = with_classes(subject.model, classes, work / f"{classes}.bundle")
@@ -70,9 +73,14 @@ def points(subject: Subject, work: Path) -> Iterator[Point]:
         yield Point("scans", count, subject, _copied(scan, count, work / f"{count}scans"))
 
 
-def _copied(scan: Path, count: int, folder: Path) -> tuple[Path, ...]:
+def _copied(scan: Source, count: int, folder: Path) -> tuple[Source, ...]:
     folder.mkdir(parents=True, exist_ok=True)
-    return tuple(Path(shutil.copy(scan, folder / f"{number:02}_{scan.name}")) for number in range(count))
+    names = [folder / f"{number:02}_{scan.path.name}" for number in range(count)]
+    return tuple(replace(scan, path=Path(shutil.copy(scan.path, name))) for name in names)
+
+
+def _source(path: Path) -> Source:
+    return Source(path, file_sha256(path), None)
 
 
 def with_classes(bundle: Bundle, classes: int, path: Path) -> Bundle:

@@ -13,17 +13,11 @@ import numpy as np
 from edgemuse.bench.accuracy import Score, Volumes, volume_agreement
 from edgemuse.bench.rows import Row
 from edgemuse.bench.systems import baseline, parse_system
+from edgemuse.calibration.gate import LARGEST_DROP, SMALLEST_AGREEMENT, TRUTH_SHARE, TRUTH_SHARE_DEFAULT
 from edgemuse.engines.errors import InputError
 
-DICE_KEPT = {"int8": 0.99}
-DICE_KEPT_ELSE = 0.999
-"""Share of the baseline's mean Dice against the truth that a precision must keep."""
-STRUCTURE_DROP = 0.02
-"""Dice against the truth by which no structure may be below the baseline's."""
-AGREEMENT = 0.98
-"""Mean Dice with the baseline's own labels that is asked for."""
 STRUCTURE_AGREEMENT = 0.8
-"""The same for the worst structure: below it, it is not the same structure."""
+"""Dice with the baseline's own labels below which a structure is not the same one."""
 SHIFT = 0.5
 """Voxels by which a structure's centre may lie off the baseline's: rounding scatters, an error of geometry shifts."""
 ALL_SHOWN = 5
@@ -172,7 +166,7 @@ def _summary(rows: Sequence[Row], name: str, base: str, reference: Accuracy | No
     warm = [row for row in done if row["kind"] == "run" and row["round"]]
     joules = [row["joules"] for row in warm if row["joules"] is not None]
     batch = [row["seconds"] / len(row["scan_seconds"]) for row in done if row["kind"] == "batch"]
-    truth, agreed = accuracy(rows, name, "truth"), accuracy(rows, name, "baseline")
+    truth, agreed = accuracy(rows, name, "truth"), accuracy(rows, name, base)
     errors = tuple(dict.fromkeys(f"{row['scan']}: {row['error']}" for row in mine if row["failed"]))
     return Summary(
         name,
@@ -203,8 +197,12 @@ def ratios(rows: Sequence[Row], name: str, base: str) -> list[float]:
 
 
 def accuracy(rows: Sequence[Row], name: str, against: str) -> Accuracy | None:
-    """A system's scores against `truth` or `baseline`; None where none were made."""
-    found = [row for row in rows if row["kind"] == "accuracy" and row["system"] == name and row["against"] == against]
+    """A system's scores against `truth` or the system `against`; None where none were made.
+
+    Where a scan was scored twice because its truth or the mapping changed, the later scores count.
+    """
+    rows = [row for row in rows if row["kind"] == "accuracy" and row["system"] == name and row["against"] == against]
+    found = {row["scan"]: row for row in rows if row["structures"]}.values()
     if not found:
         return None
     return Accuracy(
@@ -216,14 +214,14 @@ def accuracy(rows: Sequence[Row], name: str, against: str) -> Accuracy | None:
 
 def _flags(name: str, truth: Accuracy | None, reference: Accuracy | None, agreed: Accuracy | None) -> Iterable[str]:
     if truth is not None and reference is not None:
-        kept = DICE_KEPT.get(precision(name), DICE_KEPT_ELSE)
+        kept = TRUTH_SHARE.get(precision(name), TRUTH_SHARE_DEFAULT)
         if truth.dice < kept * reference.dice:
             yield f"mean Dice {truth.dice:.4f} is below {kept:.1%} of the baseline's {reference.dice:.4f}"
         drops = {s: reference.structures[s] - truth.structures.get(s, 0.0) for s in reference.structures}
-        yield from _listed(drops, STRUCTURE_DROP, "Dice lower than the baseline's by", "{:.3f}")
+        yield from _listed(drops, LARGEST_DROP, "Dice lower than the baseline's by", "{:.3f}")
     if agreed is not None:
-        if agreed.dice < AGREEMENT:
-            yield f"mean Dice with the baseline's labels is {agreed.dice:.4f}, asked is {AGREEMENT}"
+        if agreed.dice < SMALLEST_AGREEMENT:
+            yield f"mean Dice with the baseline's labels is {agreed.dice:.4f}, asked is {SMALLEST_AGREEMENT}"
         apart = {s: 1 - value for s, value in agreed.structures.items()}
         yield from _listed(apart, 1 - STRUCTURE_AGREEMENT, "Dice with the baseline's labels lower than 1 by", "{:.3f}")
         yield from _listed(agreed.shifts, SHIFT, "displaced from the baseline's by", "{:.2f} voxels")

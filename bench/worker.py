@@ -27,6 +27,8 @@ STAGES = (
 """In the order in which they happen. `engine` compiles or loads from the cache; `rest` is what ends the process."""
 PIPELINE = {"infer": "merge", "crop": "preprocess", "paste": "restore"}
 """The pipeline's own names for stages, where they differ. What it calls `infer` holds the network and the head."""
+Segment = Callable[[Path], dict[str, Any]]
+"""Segments one scan into the job's output; returns what is known of the engine, as fields of a row."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Stages:
             self.scans.append(time.perf_counter() - start)
 
 
-def run_edgemuse(job: Job, stages: Stages) -> dict[str, Any]:
+@contextlib.contextmanager
+def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
     """What `edgemuse segment --no-postprocess --no-qc` does: labels as nnU-Net gives them, and no picture."""
     _, backend, precision, profile = job.system.split("/")
     with _imports(job, stages):
@@ -110,11 +113,12 @@ def run_edgemuse(job: Job, stages: Stages) -> dict[str, Any]:
     with stages.stage("open"):
         engine = EngineOptions(backend, precision, threads=job.threads, cache_dir=pipeline.default_cache_dir())
         segmenter = open_segmenter(Path(job.bundle), pipeline.Options(profile, engine, postprocess=False))
-    with mock.patch.object(pipeline, "open_engine", open_timed):
-        return _segment(job, stages, segmenter)
+    with mock.patch.object(pipeline, "open_engine", open_timed), _pipeline(job, stages, segmenter) as segment:
+        yield segment
 
 
-def run_plain(job: Job, stages: Stages) -> dict[str, Any]:
+@contextlib.contextmanager
+def plain(job: Job, stages: Stages) -> Iterator[Segment]:
     """The graph with logits out, in the backend's session as it comes, and edgemuse's steps around it."""
     _, backend = job.system.split("/")
     with _imports(job, stages):
@@ -126,25 +130,27 @@ def run_plain(job: Job, stages: Stages) -> dict[str, Any]:
     with stages.stage("engine"):
         engine = open_plain(backend, graph, bundle.manifest.network.patch, job.threads)
         engine.infer = stages.timed("infer", engine.infer)  # type: ignore[method-assign]
-    return _segment(job, stages, PlainSegmenter(bundle, engine, job.threads))
+    with _pipeline(job, stages, PlainSegmenter(bundle, engine, job.threads)) as segment:
+        yield segment
 
 
-def _segment(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter) -> dict[str, Any]:
+@contextlib.contextmanager
+def _pipeline(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter) -> Iterator[Segment]:
     from edgemuse.runtime import head
     from edgemuse.runtime.pipeline import write
 
-    provenance: dict[str, Any] = {}
+    def segment(scan: Path) -> dict[str, Any]:
+        result = segmenter.segment(scan)
+        for name, seconds in result.seconds.items():
+            step = name.rpartition(" ")[2]  # of a cascade: "mask infer", "regions infer"
+            stages.add(PIPELINE.get(step, step), seconds)
+        with stages.stage("write"):
+            write(result, Path(job.output), with_picture=False)
+        record = result.provenance
+        return {"engine": _of_stages(record, "backend"), "profile": _of_stages(record, "profile")}
+
     with segmenter, mock.patch.object(head, "classify", stages.timed("head", head.classify)):
-        for scan in stages.each(job.scans):
-            result = segmenter.segment(scan)
-            for name, seconds in result.seconds.items():
-                step = name.rpartition(" ")[2]  # of a cascade: "mask infer", "regions infer"
-                stages.add(PIPELINE.get(step, step), seconds)
-            with stages.stage("write"):
-                write(result, Path(job.output), with_picture=False)
-            provenance = result.provenance
-    stages.seconds["merge"] -= stages.seconds["infer"] + stages.seconds["head"]  # the pipeline's stage holds them all
-    return {"engine": _of_stages(provenance, "backend"), "profile": _of_stages(provenance, "profile")}
+        yield segment
 
 
 def _of_stages(provenance: dict[str, Any], key: str) -> dict[str, Any]:
@@ -154,7 +160,8 @@ def _of_stages(provenance: dict[str, Any], key: str) -> dict[str, Any]:
     return {role: record[key] for role, record in provenance["stages"].items()}
 
 
-def run_nnunet(job: Job, stages: Stages) -> dict[str, Any]:
+@contextlib.contextmanager
+def nnunet(job: Job, stages: Stages) -> Iterator[Segment]:
     """nnU-Net's own predictor. Its labels are class numbers on the grid of the scan that it was given."""
     _, variant, *rest = job.system.split("/")
     with _imports(job, stages):
@@ -168,10 +175,12 @@ def run_nnunet(job: Job, stages: Stages) -> dict[str, Any]:
     with stages.stage("open"):
         reference = Reference(Path(job.reference or ""), mirroring=rest == ["mirrored"])
         reference.run_as(variant, stages.timed)
-    for scan in stages.each(job.scans):
+
+    def segment(scan: Path) -> dict[str, Any]:
         reference.segment(scan, Path(job.output) / f"{scan_stem(scan)}_dseg.nii.gz", stages.stage)
-    stages.seconds["merge"] -= stages.seconds["infer"]  # the sliding window's stage holds the network's
-    return {"engine": {"name": "pytorch", "version": torch.__version__, "threads": torch.get_num_threads()}}
+        return {"engine": {"name": "pytorch", "version": torch.__version__, "threads": torch.get_num_threads()}}
+
+    yield segment
 
 
 @contextlib.contextmanager
@@ -180,14 +189,24 @@ def _imports(job: Job, stages: Stages) -> Iterator[None]:
     stages.add("import", time.perf_counter() - job.started)
 
 
-FAMILIES = {"edgemuse": run_edgemuse, "plain": run_plain, "nnunet": run_nnunet}
+FAMILIES = {"edgemuse": edgemuse, "plain": plain, "nnunet": nnunet}
+
+
+def family(job: Job) -> Callable[[Job, Stages], contextlib.AbstractContextManager[Segment]]:
+    """What makes a system of the job's family ready."""
+    return FAMILIES[job.system.split("/")[0]]
 
 
 def main() -> None:
     """Run the job of the command line."""
     job = Job(**json.loads(sys.argv[1]))
     stages = Stages()
-    facts = FAMILIES[job.system.split("/")[0]](job, stages)
+    facts: dict[str, Any] = {}
+    with family(job)(job, stages) as segment:
+        for scan in stages.each(job.scans):
+            facts = segment(scan)
+    # what is called merge so far holds the network, and the head where it stands apart
+    stages.add("merge", -stages.seconds["infer"] - stages.seconds.get("head", 0.0))
     content = facts | {"stages": stages.seconds, "scan_seconds": stages.scans}
     Path(sys.argv[2]).write_text(json.dumps(content))
 

@@ -1,5 +1,6 @@
 """Checks that can fail: what is broken is flagged, what is twice as slow is said to be. Synthetic rows, no clock."""
 
+import html
 import re
 
 import numpy as np
@@ -16,6 +17,7 @@ from edgemuse.bench.report import write_report
 from edgemuse.bench.rows import CONTEXT, Results
 from edgemuse.bench.run import label_path
 from edgemuse.bench.summary import ratios, summarise
+from edgemuse.calibration.scans import Source
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.pipeline import Options, Segmenter
@@ -36,7 +38,7 @@ def score_rows(system, found, truth, base, scan="a", structures=STRUCTURES):
     return [
         SHARED | {"kind": "accuracy", "system": system, "scan": scan, "against": against}
         | compare(found, other, structures, np.eye(4)).fields()
-        for against, other in (("truth", truth), ("baseline", base))
+        for against, other in (("truth", truth), (BASE, base))
     ]  # fmt: skip
 
 
@@ -73,9 +75,7 @@ def test_two_channels_swapped_are_flagged(tmp_path):
     assert not any("ball 4" in flag for flag in flagged)
     write_report(tmp_path, rows)
     for name in ("report.md", "report.html"):
-        assert f"{OTHER}: displaced from the baseline&#x27;s by: ball 3".replace("&#x27;", "'") in (
-            (tmp_path / name).read_text().replace("&#x27;", "'")
-        )
+        assert f"{OTHER}: displaced from the baseline's by: ball 3" in html.unescape((tmp_path / name).read_text())
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -128,7 +128,7 @@ def test_ratios_are_taken_pair_by_pair(times, factor):
 
 
 def test_twice_the_time_is_reported_as_twice_as_slow(tmp_path):
-    # The machine slows down threefold on the way: medians of either side alone would hide nothing, pairs must not care.
+    # The machine slows down threefold on the way, which pairs must not care about.
     rows = [run_row(BASE, 50.0, round=0), run_row(OTHER, 1.0, round=0)]
     for n, seconds in enumerate((1.0, 1.1, 3.0, 3.2), 1):
         rows += [run_row(BASE, seconds, round=n), run_row(OTHER, 2 * seconds, round=n)]
@@ -138,6 +138,16 @@ def test_twice_the_time_is_reported_as_twice_as_slow(tmp_path):
     assert "2.00 (2.00–2.00)" in cells
     assert "4.10 (2.06–6.28)" in cells
     assert "1.00" in cells  # cold, and in no other column
+
+
+def test_scores_of_a_truth_that_was_mended_replace_the_old():
+    rows = [
+        run_row(BASE, 1.0),
+        *score_rows(BASE, balls(), balls(1), balls()),
+        *score_rows(BASE, balls(), balls(), balls()),
+    ]
+    truth = summarise(rows)[0].truth
+    assert (truth.dice, len(truth.scans)) == (1, 1)
 
 
 def test_a_failed_system_is_in_the_report(tmp_path):
@@ -154,7 +164,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
         write_scan(label_path(tmp_path, system, scan), labels)
     rows = [run_row(BASE, 1.0), run_row(OTHER, 1.5)]
     rows += score_rows(BASE, balls(1), balls(), balls(1)) + score_rows(OTHER, balls(2), balls(), balls(1))
-    page = write_report(tmp_path, rows, [scan]).read_text()
+    page = write_report(tmp_path, rows, [Source(scan, "", None)]).read_text()
     assert page.count("<svg") == 5
     for reference in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page):
         assert reference.startswith(("#", "data:"))

@@ -15,9 +15,10 @@ for package in ("matplotlib", "SimpleITK", "onnx"):
 from edgemuse.bench.accuracy import read_labels
 from edgemuse.bench.process import ProcessFailure, joules_between, measure
 from edgemuse.bench.rows import CONTEXT, NAME, Results, read_rows
-from edgemuse.bench.run import find_scans, schedule, truth_of
+from edgemuse.bench.run import Subject, measure_all, scans_in, schedule
 from edgemuse.bench.systems import System, all_systems, baseline, parse_system, select
 from edgemuse.bench.worker import STAGES, Stages
+from edgemuse.calibration.scans import Source
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.bundle import open_bundle
 
@@ -60,7 +61,7 @@ def test_a_run_measures_everything_and_a_second_finds_it_done(command, data, tmp
     assert len(np.unique(ours)) > 2
     assert (ours == theirs).mean() > 0.999  # the same network, its head first or last
     scores = {(row["system"], row["scan"], row["against"]) for row in rows if row["kind"] == "accuracy"}
-    assert scores == {(system, scan, to) for system in (OURS, PEER) for scan in "ab" for to in ("truth", "baseline")}
+    assert scores == {(system, scan, to) for system in (OURS, PEER) for scan in "ab" for to in ("truth", OURS)}
 
     before = (report / NAME).read_text()
     with (report / NAME).open("a") as file:
@@ -68,10 +69,41 @@ def test_a_run_measures_everything_and_a_second_finds_it_done(command, data, tmp
     assert command(*arguments).code == 0
     assert (report / NAME).read_text() == before
 
-    refused = command(*arguments[:-1], "2")
-    assert refused.code == 2
-    assert "threads" in refused.err
+    fewer = command("bench", bundle, "--data", data, "-o", report, "--systems", PEER, *arguments[-4:])
+    assert fewer.code == 0, fewer.err
+    assert (report / NAME).read_text() == before  # the baseline is still the report's, not the only one asked for
+
+    write_scan(data / "a_T1w.nii.gz", head_image(seed=7))
+    for options, reason in ((arguments, "another a_T1w.nii.gz"), ([*arguments[:-1], "2"], "threads")):
+        refused = command(*options)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert reason in refused.err
     assert (report / NAME).read_text() == before
+
+
+def test_rounds_that_are_added_later_are_warm_too(data, tmp_path, monkeypatch):
+    taken = []
+
+    def run_step(step, subject, work, cache):
+        taken.append((step.round, cache.exists()))
+        write_scan(work / "output" / "a_dseg.nii.gz")
+        return {"failed": False, "seconds": 1.0, "peak_bytes": 1}
+
+    monkeypatch.setattr("edgemuse.bench.run.run_step", run_step)
+    subject = Subject(open_bundle(tiny_bundle(tmp_path / "tiny.bundle")), None, scans_in(data)[:1], None)
+    results = Results(tmp_path / "report", dict.fromkeys(CONTEXT, "x"))
+    for repeats in (1, 2):
+        measure_all(subject, schedule([parse_system(OURS)], subject.scans, repeats, batch=False), results, print)
+    assert taken == [(0, False), (1, True), (0, False), (2, True)]
+    assert [row["round"] for row in results.rows] == [0, 1, 2]
+
+
+def test_a_truth_of_another_protocol_is_refused_before_anything_is_measured(command, data, tmp_path):
+    write_scan(data / "b_dseg.nii.gz", np.full((24, 28, 20), 3, np.uint8))
+    refused = command("bench", tiny_bundle(tmp_path / "tiny.bundle"), "--data", data, "-o", tmp_path / "report")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--mapping" in refused.err
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_system_that_fails_is_a_row_with_its_reason(command, data, tmp_path):
@@ -94,7 +126,7 @@ def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_fo
         (data / f"{name}_dseg.nii.gz").unlink()
     report = tmp_path / "report"
     arguments = ["bench", bundle, "--data", data, "-o", report, "--reference", folder, "--repeats", 1]
-    ran = command(*arguments, "--systems", "nnunet/eager", "--systems", "nnunet/channels-last", "--systems", OURS)
+    ran = command(*arguments, "--systems", "nnunet/eager", "--systems", OURS)
     assert ran.code == 0, ran.err
     rows = read_rows(report)
     for row in rows:
@@ -102,7 +134,7 @@ def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_fo
             assert min(row["stages"].values()) >= 0
             assert row["stages"]["infer"] > 0
     same = {row["system"]: row["agreement"] for row in rows if row["kind"] == "accuracy"}
-    assert set(same) == {"nnunet/eager", "nnunet/channels-last", OURS}
+    assert set(same) == {"nnunet/eager", OURS}
     assert min(same.values()) > 0.99  # nnU-Net sums in half precision
     assert len(np.unique(read_labels(report / "labels" / "nnunet_eager" / "a_dseg.nii.gz")[0])) > 3
 
@@ -145,7 +177,7 @@ def test_a_stage_that_several_threads_are_in_counts_once():
 
 def test_rounds_take_the_systems_in_turn(tmp_path):
     a, b = System("plain", ("a",)), System("plain", ("b",))
-    steps = schedule([a, b], [tmp_path / "x.nii"], 2, batch=True)
+    steps = schedule([a, b], [Source(tmp_path / "x.nii", "", None)], 2, batch=True)
     assert [(step.system, step.round) for step in steps] == [(a, 0), (b, 0), (a, 1), (b, 1), (a, 2), (b, 2)]
 
 
@@ -159,13 +191,12 @@ def test_systems_are_selected_by_the_beginning_of_their_name(tmp_path):
 
 
 def test_scans_and_their_truth(data, tmp_path):
-    write_scan(data / "c.nii")
-    assert [scan.name for scan in find_scans(data)] == ["a_T1w.nii.gz", "b_T1w.nii.gz", "c.nii"]
-    truths = [truth and truth.name for truth in map(truth_of, find_scans(data))]
-    assert truths == ["a_dseg.nii.gz", "b_dseg.nii.gz", None]
-    write_scan(data / "c_T1w.nii.gz")
+    write_scan(data / "c.nii", head_image(seed=2))
+    truths = {source.path.name: source.truth and source.truth.name for source in scans_in(data)}
+    assert truths == {"a_T1w.nii.gz": "a_dseg.nii.gz", "b_T1w.nii.gz": "b_dseg.nii.gz", "c.nii": None}
+    write_scan(data / "c_T1w.nii.gz", head_image(seed=3))
     with pytest.raises(InputError, match="same name"):
-        find_scans(data)
+        scans_in(data)
 
 
 def test_peak_memory_is_that_of_the_whole_tree():

@@ -9,7 +9,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edge
 
 from edgemuse.bench import scaling
 from edgemuse.bench.rows import read_rows
-from edgemuse.bench.run import Subject
+from edgemuse.bench.run import Subject, scans_in
 from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.scan import open_scan
 
@@ -17,13 +17,13 @@ OURS = "edgemuse/openvino/fp32/reference"
 
 
 def test_points_vary_what_they_say(tmp_path):
-    scan = write_scan(tmp_path / "a_T1w.nii.gz")
-    subject = Subject(open_bundle(tiny_bundle(tmp_path / "tiny.bundle")), None, (scan,), None)
+    scan = write_scan(tmp_path / "data" / "a_T1w.nii.gz")
+    subject = Subject(open_bundle(tiny_bundle(tmp_path / "tiny.bundle")), None, scans_in(scan.parent), None)
     points = list(scaling.points(subject, tmp_path / "work"))
     assert {point.axis for point in points} == set(scaling.AXES)
     for point in points:
         if point.axis == "spacing":
-            assert open_scan(point.scans[0]).zooms == pytest.approx([point.value] * 3)
+            assert open_scan(point.scans[0].path).zooms == pytest.approx([point.value] * 3)
         elif point.axis == "classes":
             head = point.subject.model.head()
             assert point.subject.model.manifest.network.classes == len(head.weight) == point.value
@@ -34,7 +34,7 @@ def test_points_vary_what_they_say(tmp_path):
 
 
 def test_curves_are_measured_once_and_drawn(tmp_path, capfd, monkeypatch):
-    for name, values in (("SPACINGS", (2.0, 1.0)), ("CLASSES", (2, 9)), ("SCANS", (1, 3))):
+    for name, values in (("SPACINGS", (2.0,)), ("CLASSES", (9,)), ("SCANS", (1, 3))):
         monkeypatch.setattr(scaling, name, values)
     monkeypatch.setattr(scaling, "cpu_cores", lambda: 1)
     scan = write_scan(tmp_path / "data" / "a_T1w.nii.gz")
@@ -46,7 +46,7 @@ def test_curves_are_measured_once_and_drawn(tmp_path, capfd, monkeypatch):
     rows = read_rows(tmp_path / "report")
     found = scaling.curves(rows)
     assert {axis: [point[0] for point in curve] for axis, curve in found.items()} == {
-        "spacing": [1.0, 2.0], "classes": [2, 9], "threads": [1], "scans": [1, 3]
+        "spacing": [2.0], "classes": [9], "threads": [1], "scans": [1, 3]
     }  # fmt: skip
     assert [len(row["scan_seconds"]) for row in rows if row.get("axis") == "scans"] == [1, 3]
     assert (tmp_path / "report" / "figures" / "scaling.svg").exists()
