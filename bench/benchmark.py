@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from edgemuse.bench import mlperf
 from edgemuse.bench.accuracy import Structure, compare_files, read_labels, read_mapping, same_protocol
 from edgemuse.bench.footprint import footprint
 from edgemuse.bench.report import write_report
 from edgemuse.bench.rows import Results, context
 from edgemuse.bench.run import Subject, folder_sha256, label_path, measure_all, scans_in, schedule
 from edgemuse.bench.scaling import scale
-from edgemuse.bench.summary import baseline_of
-from edgemuse.bench.systems import System, all_systems, quick, select
+from edgemuse.bench.summary import baseline_of, focus, summarise
+from edgemuse.bench.systems import System, all_systems, parse_system, quick, select
 from edgemuse.calibration.scans import Source
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN
@@ -39,11 +40,14 @@ class Request:
     mapping: Path | None
     quick: bool
     scaling: bool
+    mlperf: bool
     command: str
 
 
 def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     """Measure what `request` asks for, as far as its report does not hold it yet; returns the report's main file."""
+    if request.mlperf:
+        mlperf.require_loadgen()
     model = open_model(request.bundle or BUILT_IN)
     model.verify()
     if request.reference and isinstance(model, Cascade):
@@ -66,6 +70,11 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     if request.scaling:
         with tempfile.TemporaryDirectory(prefix="edgemuse-scaling-") as work:
             scale(subject, _scaled(systems), results, Path(work), say)
+    if request.mlperf:
+        summaries = summarise(results.rows)
+        system = parse_system((focus(summaries) or summaries[0]).system)
+        say(f"MLPerf's scenarios: {system.name}")
+        mlperf.measure(subject, system, mlperf.judge_of(subject, results, structures, mapped), results)
     return write_report(request.output, results.rows, subject.scans, request.command)
 
 

@@ -65,6 +65,8 @@ def bench() -> None:
 @click.option("--quick", is_flag=True, help=f"The first scan, at most three systems, {QUICK_REPEATS} runs of each.")
 @click.option("--scaling", is_flag=True, help="Measure also how time and memory grow with resolution, classes, "
               "threads and the number of scans.")  # fmt: skip
+@click.option("--mlperf", is_flag=True, help="Measure the fastest of edgemuse's systems that is not flagged also as "
+              "MLPerf does, in its SingleStream and Offline scenarios. Needs mlcommons-loadgen.")  # fmt: skip
 def run(
     bundle: Path | None,
     output: Path,
@@ -76,6 +78,7 @@ def run(
     mapping: Path | None,
     quick: bool,
     scaling: bool,
+    mlperf: bool,
 ) -> None:
     """Measure every system on every scan and write a report.
 
@@ -89,6 +92,7 @@ def run(
       report.md       the same as text, with figures/
       results.jsonl   every measurement with machine, versions, commit and hashes
       labels/         the label maps
+      mlperf/         the load generator's logs, with --mlperf
 
     \b
     Systems:
@@ -100,7 +104,7 @@ def run(
     with _extra():
         from edgemuse.bench.benchmark import Request, benchmark
     count = repeats or (QUICK_REPEATS if quick else REPEATS)
-    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, scaling, _typed())
+    request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, scaling, mlperf, _typed())
     click.echo(benchmark(request, partial(click.echo, err=True)))
 
 

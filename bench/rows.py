@@ -20,7 +20,7 @@ NAME = "results.jsonl"
 PACKAGES = ("edgemuse", "openvino", "onnxruntime", "numpy", "scipy", "nibabel", "torch", "nnunetv2")
 CONTEXT = ("commit", "machine", "cpu_flags", "versions", "threads", "bundle_sha256", "reference_sha256")
 """What all rows of one report have in common: figures that differ in it must not be put side by side as one."""
-KINDS = ("run", "batch", "accuracy", "installed", "scaling")
+KINDS = ("run", "batch", "accuracy", "installed", "scaling", "mlperf")
 REQUIRED = ("kind", "system", *CONTEXT)
 
 
