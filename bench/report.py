@@ -51,8 +51,8 @@ baseline's, that of a structure by more than {LARGEST_DROP}, where its mean Dice
 {SHIFT} voxels off the baseline's."""
 MLPERF = """Through MLPerf's load generator, LoadGen, in one warm process: a query is a scan on disk, the answer its \
 label map on disk. *Dice* is that of the label maps in LoadGen's accuracy log; MLPerf's 3D-UNet benchmark asks for \
-99 % or 99.9 % of the reference's. This is no MLPerf result: its rules ask for other data and at least ten minutes, and \
-LoadGen finds SingleStream valid from 64 queries on."""
+99 % or 99.9 % of the reference's. This is no MLPerf result: its rules ask for other data and for ten minutes or more, \
+and LoadGen finds SingleStream valid from 64 queries on."""
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}
@@ -181,14 +181,14 @@ def _result(summary: Summary, is_baseline: bool) -> list[str]:
     baseline, warning = " (baseline)" * is_baseline, " ⚠" * bool(summary.flags or summary.errors)
     return [
         f"{summary.system}{baseline}{warning}",
-        _number(summary.truth and summary.truth.dice, "{:.4f}"),
-        NOTHING if is_baseline else _number(summary.baseline and summary.baseline.dice, "{:.4f}"),
+        _number(summary.truth.dice if summary.truth else None, "{:.4f}"),
+        NOTHING if is_baseline else _number(summary.baseline.dice if summary.baseline else None, "{:.4f}"),
         _spread(summary.seconds),
         NOTHING if is_baseline else _spread(summary.ratio),
-        _number(summary.cold and summary.cold.median, "{:.2f}"),
+        _number(summary.cold.median if summary.cold else None, "{:.2f}"),
         _number(summary.batch, "{:.2f}"),
-        _number(summary.peak and summary.peak / 1e9, "{:.2f} GB"),
-        _number(summary.installed and summary.installed / 1e9, "{:.2f} GB"),
+        _number(summary.peak / 1e9 if summary.peak else None, "{:.2f} GB"),
+        _number(summary.installed / 1e9 if summary.installed else None, "{:.2f} GB"),
         _number(summary.joules, "{:.0f} J"),
     ]
 
@@ -254,8 +254,8 @@ def _accuracy_row(accuracy: Accuracy) -> list[str]:
         _number(accuracy.volumes.pearson, "{:.5f}"),
         _number(accuracy.volumes.icc, "{:.5f}"),
         _number(accuracy.volumes.mean_absolute_mm3, "{:.1f}"),
-        _number(each and each.pearson, "{:.5f}"),
-        _number(each and each.icc, "{:.5f}"),
+        _number(each.pearson if each else None, "{:.5f}"),
+        _number(each.icc if each else None, "{:.5f}"),
     ]
 
 
