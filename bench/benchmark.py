@@ -53,7 +53,9 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     if request.reference and isinstance(model, Cascade):
         raise InputError(f"{model.path} is a cascade, which nnU-Net's predictor cannot run; leave --reference out")
     scans = scans_in(request.data or SAMPLE_SCAN.parent)
-    subject = Subject(model, request.reference, scans[:1] if request.quick else scans, request.threads)
+    if request.quick:
+        scans = (min(scans, key=lambda scan: scan.truth is None),)
+    subject = Subject(model, request.reference, scans, request.threads)
     systems = _systems(request, subject)
     structures = same_protocol(model.labels)
     mapped = read_mapping(request.mapping, model.labels) if request.mapping else structures

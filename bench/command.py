@@ -62,7 +62,8 @@ def bench() -> None:
               "system's own choice]")  # fmt: skip
 @click.option("--mapping", type=FILE, metavar="TSV", help="Where the truth has another protocol: a table with the "
               "columns name, model, truth; the label numbers of one structure are separated by commas.")  # fmt: skip
-@click.option("--quick", is_flag=True, help=f"The first scan, at most three systems, {QUICK_REPEATS} runs of each.")
+@click.option("--quick", is_flag=True, help="One scan, with its truth if any has one, three systems, "
+              f"{QUICK_REPEATS} runs of each: two minutes with a small model on two cores.")  # fmt: skip
 @click.option("--scaling", is_flag=True, help="Measure also how time and memory grow with resolution, classes, "
               "threads and the number of scans.")  # fmt: skip
 @click.option("--mlperf", is_flag=True, help="Measure the fastest of edgemuse's systems that is not flagged also as "

@@ -39,7 +39,8 @@ def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:
     folder = random_dlmuse(shared, work / "model")
     bundle = export_model(folder, work / "dlmuse.bundle", ExportOptions(orientation="LPS"))
     upright = scans.reoriented(shared / "data" / "t1" / "crop_T1w.nii.gz", work / "upright.nii.gz", "LPS")
-    return folder, bundle, scans.centre_crop(upright, work / "brain_T1w.nii.gz", SHAPE)
+    (work / "scan").mkdir()
+    return folder, bundle, scans.centre_crop(upright, work / "scan" / "brain_T1w.nii.gz", SHAPE)
 
 
 @click.command()

@@ -26,6 +26,8 @@ STYLE = {
 }
 FAMILY_COLOURS = {"edgemuse": "#0b6e4f", "plain": "#c97b1a", "nnunet": "#5b4b8a"}
 STAGE_COLOURS = dict(zip(STAGES, [*mpl.color_sequences["tab10"], "#e8c468", "#cccccc"], strict=True))
+IMAGE_DPI = 80
+"""Of slices; everything else is drawn as lines."""
 WORST = 30
 """Structures that the box plot shows."""
 
@@ -33,7 +35,7 @@ WORST = 30
 def svg(figure: Figure) -> bytes:
     """The `<svg>` element alone, to be put into a page or a file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(stream, format="svg", dpi=IMAGE_DPI, bbox_inches="tight", metadata={"Date": None})
     data = stream.getvalue()
     return data[data.index(b"<svg") :]
 

@@ -75,17 +75,22 @@ class Section:
 
 def write_report(folder: Path, rows: Sequence[Row], scans: Sequence[Source] = (), command: str = "") -> Path:
     """Write the report on `rows` into `folder`, with pictures of `scans` if they are given; returns the HTML file."""
-    sections = list(_sections(folder, rows, scans, command))
-    pictures = {name: data for section in sections for name, data in section.figures.items() if data is not None}
+    parts = list(sections(folder, rows, scans, command))
     (folder / "figures").mkdir(exist_ok=True)
-    contents = {folder / "figures" / f"{name}.svg": data for name, data in pictures.items()}
-    contents[folder / "report.md"] = to_markdown(sections).encode()
-    contents[folder / "report.html"] = to_html(sections).encode()
+    contents = {folder / "figures" / f"{name}.svg": data for name, data in pictures(parts).items()}
+    contents[folder / "report.md"] = to_markdown(parts).encode()
+    contents[folder / "report.html"] = to_html(parts).encode()
     write_files(contents)
     return folder / "report.html"
 
 
-def _sections(folder: Path, rows: Sequence[Row], scans: Sequence[Source], command: str) -> Iterator[Section]:
+def pictures(parts: Sequence[Section]) -> dict[str, bytes]:
+    """The figures by name."""
+    return {name: data for part in parts for name, data in part.figures.items() if data is not None}
+
+
+def sections(folder: Path, rows: Sequence[Row], scans: Sequence[Source], command: str) -> Iterator[Section]:
+    """The parts of a report on `rows`, whose label maps lie in `folder`."""
     summaries = summarise(rows)
     shown = focus(summaries)
     yield Section("edgemuse bench", _environment(rows, command))
@@ -278,21 +283,27 @@ def _slices(
     return pictures
 
 
-def to_markdown(sections: Sequence[Section]) -> str:
-    """The sections as Markdown, figures linked from `figures/`, long tables left out."""
+def to_markdown(sections: Sequence[Section], level: int = 1, link: str = "figures/") -> str:
+    """The sections as Markdown, long tables left out.
+
+    Args:
+        sections: the first one's heading is of `level`, the others' of the next.
+        level: 1 for a page of its own.
+        link: what the path of a figure begins with.
+    """
     parts = []
-    for level, section in enumerate(sections):
+    for index, section in enumerate(sections):
         if section.long or _empty(section):
             continue
         parts += [
-            f"{'##' if level else '#'} {section.title}",
+            f"{'#' * (level + (index > 0))} {section.title}",
             section.text,
             "\n".join(f"- {p}" for p in section.points),
         ]
         if section.rows:
             lines = [section.header, ["---"] * len(section.header), *section.rows]
             parts.append("\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines))
-        parts += [f"![{name}](figures/{name}.svg)" for name, data in section.figures.items() if data is not None]
+        parts += [f"![{name}]({link}{name}.svg)" for name, data in section.figures.items() if data is not None]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

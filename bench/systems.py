@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgemuse.calibration.evaluate import settings
 from edgemuse.engines.errors import InputError
-from edgemuse.engines.registry import Status, statuses
+from edgemuse.engines.registry import statuses
 from edgemuse.runtime.bundle import Bundle, Cascade
 from edgemuse.runtime.precision import stored_precision
-from edgemuse.runtime.profiles import PROFILES
 
 PLAIN = ("openvino", "onnxruntime")
 NNUNET = ("eager", "compile", "channels-last", "bf16")
@@ -46,25 +46,24 @@ def all_systems(model: Bundle | Cascade, with_reference: bool) -> list[System]:
         model: the network, or a cascade of two, which only edgemuse runs.
         with_reference: whether its nnU-Net model folder is there.
     """
-    usable = [status for status in statuses() if not status.reason]
     if isinstance(model, Cascade):
-        return _ours(usable, (model.mask, model.regions))
+        return _ours(model.mask, model.regions)
     mirrors = bool(model.manifest.network.mirror_axes)
     systems = [System("nnunet", ("eager", "mirrored"))] if with_reference and mirrors else []
     if with_reference:
         systems += [System("nnunet", (variant,)) for variant in NNUNET]
-    peers = [System("plain", (name,)) for name in PLAIN if name in [status.backend.name for status in usable]]
-    return systems + _ours(usable, (model,)) + peers
+    usable = [status.backend.name for status in statuses() if not status.reason]
+    return systems + _ours(model) + [System("plain", (name,)) for name in PLAIN if name in usable]
 
 
-def _ours(usable: Sequence[Status], bundles: Sequence[Bundle]) -> list[System]:
-    """Every backend's first device, in the precisions that all `bundles` store, with every profile."""
-    systems = []
-    for status in usable:
-        for precision in next(iter(status.devices.values())):
-            if all(stored_precision(precision) in bundle.manifest.graphs for bundle in bundles):
-                systems += [System("edgemuse", (status.backend.name, precision, profile)) for profile in PROFILES]
-    return systems
+def _ours(*bundles: Bundle) -> list[System]:
+    """Every backend, precision and profile; profiles that come to the same for all `bundles` once."""
+    found = dict.fromkeys((s.backend, s.precision, s.profiles[0]) for bundle in bundles for s in settings(bundle))
+    return [
+        System("edgemuse", options)
+        for options in found
+        if all(stored_precision(options[1]) in bundle.manifest.graphs for bundle in bundles)
+    ]
 
 
 def select(systems: Sequence[System], asked: Sequence[str]) -> list[System]:
