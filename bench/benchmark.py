@@ -15,14 +15,14 @@ from edgemuse.bench.accuracy import Structure, compare_files, read_labels, read_
 from edgemuse.bench.footprint import footprint
 from edgemuse.bench.report import write_report
 from edgemuse.bench.rows import Results, context
-from edgemuse.bench.run import Subject, folder_sha256, label_path, measure_all, scans_in, schedule
+from edgemuse.bench.run import Subject, label_path, measure_all, scans_in, schedule, source_of
 from edgemuse.bench.scaling import scale
 from edgemuse.bench.summary import baseline_of, focus, summarise
 from edgemuse.bench.systems import System, all_systems, parse_system, quick, select
 from edgemuse.calibration.scans import Source
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN
-from edgemuse.runtime.bundle import Cascade, open_model
+from edgemuse.runtime.bundle import open_model
 from edgemuse.runtime.scan import file_sha256, scan_stem
 
 
@@ -50,18 +50,16 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
         mlperf.require_loadgen()
     model = open_model(request.bundle or BUILT_IN)
     model.verify()
-    if request.reference and isinstance(model, Cascade):
-        raise InputError(f"{model.path} is a cascade, which nnU-Net's predictor cannot run; leave --reference out")
+    reference = source_of(model, request.reference) if request.reference else None
     scans = scans_in(request.data or SAMPLE_SCAN.parent)
     if request.quick:
         scans = (min(scans, key=lambda scan: scan.truth is None),)
-    subject = Subject(model, request.reference, scans, request.threads)
+    subject = Subject(model, reference, scans, request.threads)
     systems = _systems(request, subject)
     structures = same_protocol(model.labels)
     mapped = read_mapping(request.mapping, model.labels) if request.mapping else structures
     _check_truth(subject.scans, mapped)
-    hashes = (model.sha256, folder_sha256(request.reference) if request.reference else None)
-    results = Results(request.output, context(request.threads, *hashes))
+    results = Results(request.output, context(request.threads, model.sha256))
     _check_unchanged(results, subject.scans)
     say(f"{len(systems)} systems on {len(subject.scans)} scans: {', '.join(system.name for system in systems)}")
     measure_all(subject, schedule(systems, subject.scans, request.repeats, not request.quick), results, say)

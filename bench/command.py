@@ -38,9 +38,15 @@ def bench() -> None:
     """Measure accuracy, time and memory against nnU-Net's own predictor and others, in one report.
 
     \b
-    edgemuse bench [run] BUNDLE ... measures and writes the report:
-      edgemuse bench -o report --quick                                    the built-in model, in minutes
-      edgemuse bench dlmuse.bundle --data T1S --reference MODEL -o report everything
+    Examples:
+      edgemuse bench -o report --quick
+          the built-in model on the sample scan, in a minute or two
+      edgemuse bench dlmuse.bundle --data SCANS --reference MODEL_FOLDER -o report
+          everything that can run the network, against nnU-Net's own predictor
+      edgemuse bench compare before after
+          two reports side by side
+
+    A first argument that is no command means 'run': 'edgemuse bench run --help' lists its options.
     Needs more than the runtime: pip install "edgemuse[bench]".
     """  # noqa: D301 click reads the backspace itself
 
@@ -85,7 +91,7 @@ def run(
 
     Each run is a process of its own, in turn with the other systems', and measured whole, from its start to its end.
     Accuracy stands beside speed: Dice, 95 % Hausdorff distance and volumes against the truth, where there is one, and
-    against the baseline.
+    against the baseline: nnU-Net's own predictor with --reference, else edgemuse's profile 'reference' in fp32.
 
     \b
     REPORT receives
@@ -97,7 +103,7 @@ def run(
 
     \b
     Systems:
-      edgemuse/BACKEND/PRECISION/PROFILE   edgemuse segment
+      edgemuse/BACKEND/PRECISION/PROFILE   edgemuse segment; profiles that come to the same are run once
       nnunet/eager[/mirrored]              nnU-Net's own predictor, PyTorch on the CPU
       nnunet/compile, channels-last, bf16  the same, its network run another way
       plain/openvino, plain/onnxruntime    the exported graph with logits out, in a session as it comes

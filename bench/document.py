@@ -6,7 +6,7 @@ scans of SHARED, the development model run by everything that can run it, and DL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,9 +134,9 @@ def report_on(part: Part, material: Material, folder: Path, say: Callable[[str],
 def document(parts: dict[str, tuple[Part, list[Section]]], target: Path) -> dict[Path, bytes]:
     """The page at `target` and the figures beside it, in a folder of its name."""
     contents: dict[Path, bytes] = {}
-    pages = [f"<!-- Written by: {COMMAND} -->", "# Benchmark"]
+    pages = ["# Benchmark", f"Written by `{COMMAND}`."]
     for name, (part, found) in parts.items():
-        shown = [_shown(section, part.figures) for section in found if section.text != METHOD]
+        shown = [section for section in map(partial(_shown, part.figures), found) if section is not None]
         intro = Section(part.title, f"{part.text}\n\n{shown[0].text}")
         pages.append(to_markdown([intro, *shown[1:]], 2, f"{target.stem}/{name}_"))
         contents |= {target.with_suffix("") / f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
@@ -144,10 +144,12 @@ def document(parts: dict[str, tuple[Part, list[Section]]], target: Path) -> dict
     return {target: "\n\n".join(page.rstrip() for page in pages).encode() + b"\n"} | contents
 
 
-def _shown(section: Section, figures: Sequence[str]) -> Section:
-    """The section with those figures whose names begin so."""
-    kept = {name: data for name, data in section.figures.items() if name.startswith(tuple(figures))}
-    return replace(section, figures=kept)
+def _shown(figures: tuple[str, ...], section: Section) -> Section | None:
+    """The section with those figures whose names begin so; None if there is nothing else in it to show."""
+    if section.text == METHOD:
+        return None
+    kept = {name: data for name, data in section.figures.items() if name.startswith(figures)}
+    return replace(section, figures=kept) if kept or section.rows or not section.figures else None
 
 
 @click.command()
@@ -162,12 +164,13 @@ def main(shared: Path, work: Path, output: Path, names: tuple[str, ...]) -> None
     work.mkdir(parents=True, exist_ok=True)
     materials = {name: PARTS[name].prepare(shared, work) for name in names or PARTS}
     for name, material in materials.items():
-        report_on(PARTS[name], material, work / name, partial(click.echo, err=True))
+        if not (work / name / "report.html").exists():  # which is written last
+            report_on(PARTS[name], material, work / name, partial(click.echo, err=True))
     found = {}
     for name, part in PARTS.items():
-        if (work / name).exists():
+        if (work / name / "report.html").exists():
             rows, scans = read_rows(work / name), scans_in(part.prepare(shared, work).data)
-            found[name] = (part, list(sections(work / name, rows, scans, COMMAND)))
+            found[name] = (part, list(sections(work / name, rows, scans, "")))
     contents = document(found, output)
     output.with_suffix("").mkdir(parents=True, exist_ok=True)
     write_files(contents)

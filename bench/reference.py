@@ -24,14 +24,20 @@ from edgemuse.runtime.tiles import TilePlan, gaussian_window, plan_tiles
 
 
 class Reference:
-    """A model folder in nnU-Net's own hands, on the CPU, step 0.5, Gaussian weights, all folds found."""
+    """A model folder in nnU-Net's own hands, on the CPU, step 0.5, Gaussian weights; without `folds` all found."""
 
-    def __init__(self, folder: Path, mirroring: bool, folds: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mirroring: bool,
+        folds: tuple[int | str, ...] | None = None,
+        checkpoint: str = "checkpoint_final.pth",
+    ) -> None:
         with _quiet():
             self.predictor = nnUNetPredictor(
                 tile_step_size=0.5, use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False
             )
-            self.predictor.initialize_from_trained_model_folder(str(folder), folds)
+            self.predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
 
     def labels(self, scan: Path, sums: torch.dtype = torch.half) -> NDArray[np.int64]:
         """Class numbers (i, j, k) of the stored grid, as nnU-Net predicts them.

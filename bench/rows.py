@@ -18,13 +18,13 @@ from edgemuse.runtime.outputs import write_files
 Row: TypeAlias = dict[str, Any]
 NAME = "results.jsonl"
 PACKAGES = ("edgemuse", "openvino", "onnxruntime", "numpy", "scipy", "nibabel", "torch", "nnunetv2")
-CONTEXT = ("commit", "machine", "cpu_flags", "versions", "threads", "bundle_sha256", "reference_sha256")
+CONTEXT = ("commit", "machine", "cpu_flags", "versions", "threads", "bundle_sha256")
 """What all rows of one report have in common: figures that differ in it must not be put side by side as one."""
 KINDS = ("run", "batch", "accuracy", "installed", "scaling", "mlperf")
 REQUIRED = ("kind", "system", *CONTEXT)
 
 
-def context(threads: int | None, bundle_sha256: str, reference_sha256: str | None) -> Row:
+def context(threads: int | None, bundle_sha256: str) -> Row:
     """The fields of `CONTEXT` here and now."""
     return {
         "commit": commit(),
@@ -33,7 +33,6 @@ def context(threads: int | None, bundle_sha256: str, reference_sha256: str | Non
         "versions": {"python": platform.python_version()} | dict(_versions()),
         "threads": threads,
         "bundle_sha256": bundle_sha256,
-        "reference_sha256": reference_sha256,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -40,11 +39,20 @@ WORKER = "edgemuse.bench.worker"
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """What a bundle was exported from: the nnU-Net model folder, its folds, and the file of that name in each."""
+
+    folder: Path
+    folds: tuple[str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What is measured: a bundle or cascade, the nnU-Net folder a bundle was exported from if it is there, scans."""
+    """What is measured: a bundle or cascade, what a bundle was exported from if that is there, scans."""
 
     model: Bundle | Cascade
-    reference: Path | None
+    reference: Checkpoints | None
     scans: tuple[Source, ...]
     threads: int | None
 
@@ -102,10 +110,21 @@ def scans_in(folder: Path) -> tuple[Source, ...]:
     return sources
 
 
-def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the plans and checkpoints of an nnU-Net model folder."""
-    files = [folder / "plans.json", *sorted(folder.glob("fold_*/*.pth"))]
-    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+def source_of(model: Bundle | Cascade, folder: Path) -> Checkpoints:
+    """The checkpoints in the nnU-Net model folder that `model` was exported from; raises InputError."""
+    if isinstance(model, Cascade):
+        raise InputError(f"{model.path} is a cascade, which nnU-Net's predictor cannot run; leave --reference out")
+    digests = model.manifest.source.get("checkpoint_sha256")
+    if not isinstance(digests, dict) or not digests:
+        raise InputError(f"{model.path} does not say which checkpoints it was exported from; export it again")
+    names = set()
+    for fold, digest in digests.items():
+        files = sorted((folder / f"fold_{fold}").glob("*.pth"))
+        same = [path.name for path in files if file_sha256(path) == digest]
+        if not same:
+            raise InputError(f"{folder}: no checkpoint of fold {fold} is the one that {model.path} was exported from")
+        names.add(same[0])
+    return Checkpoints(folder, tuple(digests), min(names))
 
 
 def schedule(systems: Sequence[System], scans: Sequence[Source], repeats: int, batch: bool) -> list[Step]:
@@ -179,10 +198,11 @@ def run_process(module: str, step: Step, subject: Subject, work: Path, cache: Pa
     if step.system.family == "plain" and isinstance(subject.model, Bundle) and not graph.exists():
         graph.write_bytes(logits_graph(subject.model))
     scans = [_as_trained(scan, subject.model, work) if nnunet else scan.path for scan in step.scans]
+    trained = subject.reference
     job = Job(
         step.system.name,
         str(subject.model.path.resolve()),
-        None if subject.reference is None else str(subject.reference.resolve()),
+        (str(trained.folder.resolve()), trained.folds, trained.name) if trained else None,
         str(graph),
         [str(scan.resolve()) for scan in scans],
         str(output),

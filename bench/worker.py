@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -35,14 +35,14 @@ Segment = Callable[[Path], dict[str, Any]]
 class Job:
     """What to run.
 
-    `system` is a name as in `bench/systems.py`; `reference` the nnU-Net model folder and `graph` the network with
-    logits out, for the systems that need them; `started` the parent's `perf_counter` as it starts the process: the
-    clock is the system's, not the process's.
+    `system` is a name as in `bench/systems.py`; `reference` the nnU-Net model folder, its folds and the checkpoint's
+    name, and `graph` the network with logits out, for the systems that need them; `started` the parent's
+    `perf_counter` as it starts the process: the clock is the system's, not the process's.
     """
 
     system: str
     bundle: str
-    reference: str | None
+    reference: tuple[str, Sequence[str], str] | None
     graph: str
     scans: list[str]
     output: str
@@ -173,7 +173,10 @@ def nnunet(job: Job, stages: Stages) -> Iterator[Segment]:
         from edgemuse.runtime.scan import scan_stem
     torch.set_num_threads(job.threads or multiprocessing.cpu_count())  # nnU-Net's own choice on a CPU
     with stages.stage("open"):
-        reference = Reference(Path(job.reference or ""), mirroring=rest == ["mirrored"])
+        assert job.reference is not None
+        folder, folds, name = job.reference
+        numbers = tuple(int(fold) if fold.isdigit() else fold for fold in folds)
+        reference = Reference(Path(folder), rest == ["mirrored"], numbers, name)
         reference.run_as(variant, stages.timed)
 
     def segment(scan: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import html
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ for package in ("matplotlib", "SimpleITK"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
 
 from edgemuse.bench.accuracy import Structure, compare
-from edgemuse.bench.report import write_report
+from edgemuse.bench.document import PARTS, document
+from edgemuse.bench.report import sections, write_report
 from edgemuse.bench.rows import CONTEXT, Results
 from edgemuse.bench.run import label_path
 from edgemuse.bench.summary import ratios, summarise
@@ -205,3 +207,17 @@ def test_reports_on_other_scans_or_systems_are_not_compared(reports, capfd):
         ran = command("bench", "compare", reports / "a", reports / name)
         assert (ran.code, ran.err.count("\n")) == (2, 1)
         assert reason in ran.err
+
+
+def test_the_document_shows_chosen_figures_and_links_to_no_other(tmp_path):
+    rows = [run_row(BASE, 1.0), run_row(OTHER, 1.5)]
+    rows += score_rows(BASE, balls(1), balls(), balls(1)) + score_rows(OTHER, balls(2), balls(), balls(1))
+    part = replace(PARTS["development"], figures=("pareto", "bland"))
+    found = {name: (part, list(sections(tmp_path, rows, [], ""))) for name in ("one", "two")}
+    contents = document(found, tmp_path / "benchmark.md")
+    text = contents.pop(tmp_path / "benchmark.md").decode()
+    assert {path.name for path in contents} == {f"{n}_{f}.svg" for n in found for f in ("pareto", "bland_altman")}
+    assert {tmp_path / link for link in re.findall(r"\]\((.*?)\)", text)} == set(contents)
+    assert text.count("# How it was measured") == 1
+    headings = re.findall(r"^(#+) ", text, re.MULTILINE)
+    assert [len(mark) for mark in headings if len(mark) < 3] == [1, 2, 2, 2]

@@ -1,5 +1,6 @@
 """Measuring: what is run in which order, what is kept, what a second run finds. No test looks at the clock."""
 
+import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from bundles import CommandLine, head_image, tiny_bundle, tiny_cascade, write_scan
+from bundles import CommandLine, edit_manifest, head_image, tiny_bundle, tiny_cascade, write_scan
 
 for package in ("matplotlib", "SimpleITK", "onnx"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
@@ -15,7 +16,7 @@ for package in ("matplotlib", "SimpleITK", "onnx"):
 from edgemuse.bench.accuracy import read_labels
 from edgemuse.bench.process import ProcessFailure, joules_between, measure
 from edgemuse.bench.rows import CONTEXT, NAME, Results, read_rows
-from edgemuse.bench.run import Subject, measure_all, scans_in, schedule
+from edgemuse.bench.run import Checkpoints, Subject, measure_all, scans_in, schedule, source_of
 from edgemuse.bench.systems import System, all_systems, baseline, parse_system, select
 from edgemuse.bench.worker import STAGES, Stages
 from edgemuse.calibration.scans import Source
@@ -108,11 +109,12 @@ def test_a_truth_of_another_protocol_is_refused_before_anything_is_measured(comm
 
 def test_a_system_that_fails_is_a_row_with_its_reason(command, data, tmp_path):
     bundle = tiny_bundle(tmp_path / "tiny.bundle")
-    write_scan(data / "c_T1w.nii.gz", np.full((20, 20, 20), 7, np.int16))
-    assert command("bench", bundle, "--data", data, "-o", tmp_path / "r", "--systems", OURS, "--repeats", 2).code == 0
-    failed = [row for row in read_rows(tmp_path / "r") if row["kind"] == "run" and row["failed"]]
-    assert [(row["scan"], row["round"]) for row in failed] == [("c", 0)]
-    assert "every voxel is 7" in failed[0]["error"]
+    write_scan(data / "b_T1w.nii.gz", np.full((24, 28, 20), 7, np.int16))
+    ran = command("bench", bundle, "--data", data, "-o", tmp_path / "r", "--systems", OURS, "--repeats", 1)
+    assert ran.code == 0, ran.err
+    runs = [(row["scan"], row["round"], row["failed"]) for row in read_rows(tmp_path / "r") if row["kind"] == "run"]
+    assert runs == [("a", 0, False), ("a", 1, False), ("b", 0, True)]
+    assert "every voxel is 7" in (tmp_path / "r" / "report.md").read_text()
 
 
 def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_folder):
@@ -139,8 +141,28 @@ def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_fo
     assert len(np.unique(read_labels(report / "labels" / "nnunet_eager" / "a_dseg.nii.gz")[0])) > 3
 
 
+def test_the_reference_must_be_what_the_bundle_was_exported_from(tmp_path):
+    folder = tmp_path / "model"
+    for fold, data in (("0", b"zero"), ("1", b"one")):
+        (folder / f"fold_{fold}").mkdir(parents=True)
+        (folder / f"fold_{fold}" / "checkpoint_best.pth").write_bytes(data)
+        (folder / f"fold_{fold}" / "checkpoint_final.pth").write_bytes(data + b", later")
+
+    def source(**digests):
+        path = tiny_bundle(tmp_path / f"{len(list(tmp_path.iterdir()))}.bundle")
+        return open_bundle(edit_manifest(path, source={"checkpoint_sha256": digests}))
+
+    one = hashlib.sha256(b"one").hexdigest()
+    assert source_of(source(**{"1": one}), folder) == Checkpoints(folder, ("1",), "checkpoint_best.pth")
+    for bundle, reason in ((source(**{"0": one}), "no checkpoint of fold 0"), (source(), "export it again")):
+        with pytest.raises(InputError, match=reason):
+            source_of(bundle, folder)
+
+
 def test_a_cascade_is_measured(command, data, tmp_path):
     cascade, report = tiny_cascade(tmp_path / "tiny.cascade"), tmp_path / "report"
+    (data / "b_T1w.nii.gz").unlink()
+    (data / "b_dseg.nii.gz").unlink()
     arguments = ["bench", cascade, "--data", data, "-o", report, "--systems", OURS, "--repeats", 1]
     ran = command(*arguments)
     assert ran.code == 0, ran.err
