@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from edgemuse.bench.accuracy import read_labels
 from edgemuse.bench.summary import Summary
@@ -26,6 +27,8 @@ STYLE = {
 }
 FAMILY_COLOURS = {"edgemuse": "#0b6e4f", "plain": "#c97b1a", "nnunet": "#5b4b8a"}
 STAGE_COLOURS = dict(zip(STAGES, [*mpl.color_sequences["tab10"], "#e8c468", "#cccccc"], strict=True))
+FAR_APART, RED = 7, 6
+"""In the colour map tab20: the step between neighbouring labels, and what marks a difference."""
 IMAGE_DPI = 80
 """Of slices; everything else is drawn as lines."""
 WORST = 30
@@ -65,6 +68,9 @@ def pareto(summaries: Sequence[Summary]) -> bytes | None:
         front = [p for p in sorted(points, key=lambda p: p[:2]) if all(q[0] >= p[0] or q[1] < p[1] for q in points)]
         axes.plot([p[0] for p in front], [p[1] for p in front], color="#999999", linewidth=0.8, zorder=0)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("seconds for one scan, from the start of the process to its end (median, warm)")
         axes.set_ylabel(f"mean Dice, {'truth' if against_truth else 'baseline'}")
         axes.margins(0.1)
@@ -152,7 +158,8 @@ def scaling(curves: Mapping[str, Sequence[tuple[float, float, float]]], names: M
             for row, (measured, what) in enumerate(((seconds, "seconds"), (peaks / 1e9, "memory, GB"))):
                 axes = figure.add_subplot(2, len(curves), row * len(curves) + column)
                 axes.plot(values, measured, "o-", color="#0b6e4f", markersize=3)
-                axes.set_ylim(0)
+                axes.set_ylim(0, 1.1 * measured.max())
+                axes.set_xticks(values)
                 axes.set_ylabel(what if column == 1 else "")
                 axes.set_xlabel(names[axis] if row else "")
         figure.tight_layout()
@@ -166,16 +173,17 @@ def worst_slices(scan: Path, maps: Sequence[tuple[str, Path]]) -> bytes:
     differ = volumes[0] != volumes[-1]
     axis = _vertical(scan)
     where = int(differ.sum(axis=tuple(n for n in range(3) if n != axis)).argmax())
-    panels = [("scan", np.zeros(image.shape)), *((name, v) for (name, _), v in zip(maps, volumes, strict=True))]
-    panels.append((f"{int(differ.sum())} voxels differ", np.where(differ, 1, 0)))
+    panels = [("scan", np.zeros(image.shape, int)), *((n, v) for (n, _), v in zip(maps, volumes, strict=True))]
+    colours = [(name, np.ma.masked_where(volume == 0, volume * FAR_APART % 20)) for name, volume in panels]
+    colours.append((f"{int(differ.sum())} voxels differ", np.ma.masked_where(~differ, np.full(differ.shape, RED))))
     with mpl.rc_context(STYLE):
-        figure = Figure((2.4 * len(panels), 2.8))
-        for column, (name, volume) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), column + 1)
+        figure = Figure((2.4 * len(colours), 2.8))
+        for column, (name, volume) in enumerate(colours, 1):
+            axes = figure.add_subplot(1, len(colours), column)
             axes.imshow(_shown(image, axis, where), cmap="gray", interpolation="nearest")
-            labels = np.ma.masked_equal(_shown(volume, axis, where), 0)
-            # neighbouring numbers far apart in colour
-            axes.imshow(labels * 7 % 20, cmap="tab20", alpha=0.55, interpolation="nearest", vmin=0, vmax=19)
+            shown = _shown(volume, axis, where)
+            alpha = 0.55 if column < len(colours) else 1  # a voxel that differs must be seen
+            axes.imshow(shown, cmap="tab20", alpha=alpha, interpolation="nearest", vmin=0, vmax=19)
             axes.set_title(name, fontsize=6)
             axes.set_axis_off()
         figure.suptitle(f"{scan.name}, slice {where}", fontsize=8)
