@@ -104,7 +104,7 @@ def _make(remotes: Sequence[Remote], place: Path) -> None:
             regions = _export(DLMUSE, remotes[1], folders[1], Path(work), muse_labels())
             _join(mask, regions, place)
     except OSError as error:
-        raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
+        raise OutputError(f"{place}: cannot be written ({error.strerror or error})") from error
     shutil.rmtree(downloads, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,12 +130,14 @@ def _read(remote: Remote, source: Any, size: int) -> bytes:
 def _bar(remote: Remote, file: RemoteFile) -> Any:
     """A bar on stderr where that is a terminal, else one line."""
     label = f"getting {remote.repository} {Path(file.name).name}, {file.bytes / 1e6:.1f} MB"
-    return click.progressbar(length=file.bytes, label=label, file=click.get_text_stream("stderr"), show_eta=True)
+    return click.progressbar(length=file.bytes, label=label, file=sys.stderr)
 
 
 def _is_right(path: Path, file: RemoteFile) -> bool:
     size = path.stat().st_size
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    digest = hashlib.sha256()
+    if not file.sha256:
+        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)  # as git names a file
     with path.open("rb") as content:
         while data := content.read(1 << 20):
             digest.update(data)

@@ -1,4 +1,4 @@
-"""`edgemuse models`: what is in the store, is it whole, put a bundle there. `fetch` needs PyTorch and lies in export."""
+"""`edgemuse models`: what is in the store, whether it is whole, and putting bundles there; `fetch` is in `export`."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def add(model: Path, name: str | None, model_dir: Path | None) -> None:
 @click.pass_context
 def verify(ctx: click.Context, /, names: tuple[str, ...], model_dir: Path | None) -> None:
     """Check the SHA-256 of every file of every model, or of those named. Exit code 2 if one is damaged."""
-    from edgemuse.runtime.store import Entry, entries, find_model, inspect, store_folder
+    from edgemuse.runtime.store import entries, inspect, named, store_folder
 
-    chosen = [Entry(name, find_model(Path(name), model_dir)) for name in names] or entries(store_folder(model_dir))
+    store = store_folder(model_dir)
     damaged = False
-    for entry in chosen:
+    for entry in [named(name, store) for name in names] or entries(store):
         problem = inspect(entry).problem
         if problem:
             click.echo(f"edgemuse: {entry.name}: {' '.join(problem.split())}", err=True)

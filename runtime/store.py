@@ -73,7 +73,7 @@ def _is_model(path: Path) -> bool:
 
 
 def find_model(model: Path | None, model_dir: Path | None = None) -> Path:
-    """Where the bundle `model` lies: a path, or a name in the store; None: the built-in model.
+    """Where the bundle `model` lies: a path, or else a name in the store; None: the built-in model.
 
     Raises:
         BundleError: there is neither a file or folder nor an entry of that name.
@@ -82,13 +82,17 @@ def find_model(model: Path | None, model_dir: Path | None = None) -> Path:
         return BUILT_IN
     if model.exists() or not NAME.fullmatch(str(model)):
         return model
-    store = store_folder(model_dir)
+    return named(str(model), store_folder(model_dir)).path
+
+
+def named(name: str, store: Path) -> Entry:
+    """The entry `name` of `store`; raises BundleError, which lists those that are there."""
     known = entries(store)
     for entry in known:
-        if entry.name == str(model):
-            return entry.path
+        if entry.name == name:
+            return entry
     raise BundleError(
-        f"{model}: no such bundle, nor a model of that name in {store} (there: {', '.join(e.name for e in known)}); "
+        f"{name}: no such bundle, nor a model of that name in {store} (there: {', '.join(e.name for e in known)}); "
         "get one with 'edgemuse models fetch dlmuse', 'edgemuse models add BUNDLE' or 'edgemuse export'"
     )
 
@@ -129,7 +133,8 @@ def add(model: Path, name: str, store: Path) -> Path:
         except OSError as error:
             raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
         finally:
-            staged.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
     return place
 
 
