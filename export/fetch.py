@@ -98,7 +98,7 @@ def _make(remotes: Sequence[Remote], place: Path) -> None:
     downloads = place.with_name(f".{place.stem}.download")
     try:
         downloads.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as work:
+        with tempfile.TemporaryDirectory(dir=downloads) as work:
             folders = [hub.download(remote, downloads / _short(remote)) for remote in remotes]
             mask = _export(DLICV, remotes[0], folders[0], Path(work), None)
             regions = _export(DLMUSE, remotes[1], folders[1], Path(work), muse_labels())

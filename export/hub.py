@@ -129,7 +129,8 @@ def _read(remote: Remote, source: Any, size: int) -> bytes:
 
 def _bar(remote: Remote, file: RemoteFile) -> Any:
     """A bar on stderr where that is a terminal, else one line."""
-    label = f"getting {remote.repository} {Path(file.name).name}, {file.bytes / 1e6:.1f} MB"
+    size = f", {file.bytes / 1e6:.0f} MB" if file.bytes > 1e6 else ""
+    label = f"getting {remote.repository} {Path(file.name).name}{size}"
     return click.progressbar(length=file.bytes, label=label, file=sys.stderr)
 
 

@@ -32,7 +32,8 @@ def list_models(model_dir: Path | None) -> None:
         rows.append((entry.name, facts.origin, f"{facts.bytes / 1e6:.1f} MB", facts.license, verified))
     for line in _columns(rows):
         click.echo(line)
-    click.echo(f"models are in {store}", err=True)
+    hint = "; 'edgemuse models fetch dlmuse' gets DLMUSE" if len(rows) == 2 else ""
+    click.echo(f"models are in {store}{hint}", err=True)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -114,7 +114,7 @@ class _Answers(BaseHTTPRequestHandler):
             return self._fail(*NO_REPOSITORY)
         if rest[:1] == ["tree"]:
             return self._json(_tree(repository, "/".join(rest[2:])))
-        blobs = query.get("blobs") == ["true"]
+        blobs = query.get("blobs", [""])[0].lower() == "true"
         siblings = [
             {"rfilename": path} | (entry(data, path) if blobs else {}) for path, data in repository.files.items()
         ]

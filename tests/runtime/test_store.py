@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edgemuse.engines.errors import BundleError, OutputError
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Cascade, open_bundle, open_model, write_zip
+from edgemuse.runtime.pipeline import segment
 from edgemuse.runtime.store import add, entries, find_model, free_place, store_folder
 
 BUILT_IN_NAME = "edgemuse-t1"
@@ -57,6 +58,7 @@ def test_a_name_segments_as_its_path_does(home: Path, cli: CommandLine, tmp_path
     results = [(tmp_path / folder / "s_dseg.nii.gz").read_bytes() for folder in ("by-path", "by-name")]
     assert results[0] == results[1]
     assert cli("info", "tiny").out == cli("info", bundle).out
+    assert segment(scan, "tiny").provenance["model"]["sha256"] == open_bundle(bundle).sha256
 
 
 def test_a_file_goes_before_a_name(home: Path, tmp_path: Path) -> None:
