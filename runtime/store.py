@@ -65,24 +65,32 @@ def entries(store: Path) -> list[Entry]:
 
 def _is_model(path: Path) -> bool:
     """Hidden ones are on their way."""
-    if path.name.startswith("."):
-        return False
-    if path.is_dir():
-        return (path / MANIFEST).is_file() or (path / CASCADE).is_file()
-    return path.suffix == ".zip" and path.is_file()
+    return not path.name.startswith(".") and (_is_folder(path) or (path.suffix == ".zip" and path.is_file()))
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether `path` is a folder that holds a bundle or a cascade."""
+    return (path / MANIFEST).is_file() or (path / CASCADE).is_file()
 
 
 def find_model(model: Path | None, model_dir: Path | None = None) -> Path:
     """Where the bundle `model` lies: a path, or else a name in the store; None: the built-in model.
+
+    A folder that is no bundle, such as one for results, does not hide the name.
 
     Raises:
         BundleError: there is neither a file or folder nor an entry of that name.
     """
     if model is None:
         return BUILT_IN
-    if model.exists() or not NAME.fullmatch(str(model)):
+    if model.is_file() or _is_folder(model) or not NAME.fullmatch(str(model)):
         return model
-    return named(str(model), store_folder(model_dir)).path
+    try:
+        return named(str(model), store_folder(model_dir)).path
+    except BundleError:
+        if model.exists():  # what it lacks is said when it is opened
+            return model
+        raise
 
 
 def named(name: str, store: Path) -> Entry:

@@ -61,11 +61,20 @@ def test_a_name_segments_as_its_path_does(home: Path, cli: CommandLine, tmp_path
     assert segment(scan, "tiny").provenance["model"]["sha256"] == open_bundle(bundle).sha256
 
 
-def test_a_file_goes_before_a_name(home: Path, tmp_path: Path) -> None:
-    add(tiny_bundle(tmp_path / "a"), "tiny", home / "models")
+def test_a_bundle_goes_before_a_name_and_other_folders_do_not(home: Path, tmp_path: Path) -> None:
+    for name in ("tiny", "small"):
+        add(tiny_bundle(tmp_path / f"{name}.bundle"), name, home / "models")
     assert find_model(Path("tiny")) == home / "models" / "tiny.zip"
-    Path("tiny").touch()
-    assert find_model(Path("tiny")) == Path("tiny")
+    Path("tiny").mkdir()  # results, perhaps
+    assert find_model(Path("tiny")) == home / "models" / "tiny.zip"
+    Path("small").touch()
+    assert find_model(Path("small")) == Path("small")
+    tiny_bundle(Path("tiny") / "both")
+    assert find_model(Path("tiny/both")) == Path("tiny/both")
+    tiny_cascade(Path("other"))
+    assert find_model(Path("other")) == Path("other")
+    Path("empty").mkdir()
+    assert find_model(Path("empty")) == Path("empty")
     assert find_model(None) == find_model(Path(BUILT_IN_NAME)) == BUILT_IN
 
 
@@ -106,7 +115,7 @@ def test_list(home: Path, cli: CommandLine, tmp_path: Path) -> None:
     damaged(add(tiny_bundle(tmp_path / "x"), "broken", home / "models"))
     (home / "models" / "empty.zip").touch()
     (home / "models" / "notes.txt").touch()
-    (home / "models" / ".own.zip.part").touch()
+    tiny_bundle(home / "models" / ".on-its-way")
     ran = cli("models", "list")
     assert (ran.code, ran.err) == (0, f"models are in {home / 'models'}\n")
     header, *rows = [line.split("  ") for line in ran.out.splitlines()]
