@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import click
 
-from edgemuse.engines.errors import BackendError, OutputError
+from edgemuse.engines.errors import OutputError
+from edgemuse.runtime.extras import needs_extra
 from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ ORIENTATION = "LPS"
 def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | None) -> None:
     """Get DLMUSE from the Hugging Face hub, export it here, and put it into the store as one bundle.
 
-    Both networks, DLICV and DLMUSE, come from the repositories of their authors, about half a gigabyte. Every file is
-    checked against the hash that the hub states. Run it again after an interruption: it goes on where it stopped.
+    Both networks, DLICV and DLMUSE, come from the repositories of their authors. Every file is checked against the hash
+    that the hub states. Run it again after an interruption: it goes on where it stopped.
 
     Needs PyTorch and a network: pip install "edgemuse[models]". The bundle, whose path is printed, needs neither.
 
@@ -60,7 +60,8 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
       edgemuse models fetch dlmuse --accept-license
       edgemuse segment T1.nii.gz -o out --model dlmuse
     """  # noqa: D301  # \b keeps click from wrapping the example
-    hub = _hub()
+    with needs_extra("models", "fetching", "PyTorch"):  # all of it before anything is downloaded
+        from edgemuse.export import exporter, hub  # noqa: F401
     from edgemuse.runtime.store import free_place, store_folder
 
     place = free_place(name or model, store_folder(model_dir))
@@ -68,26 +69,14 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
     terms = "; ".join(f"{remote.repository}: {remote.license or 'none stated'}" for remote in remotes)
     if not accept_license:
         pages = " and ".join(f"https://huggingface.co/{remote.repository}" for remote in remotes)
+        size = sum(file.bytes for remote in remotes for file in remote.files) / 1e6
         raise click.UsageError(
-            f"nothing was downloaded. Licence of {terms}. Read it at {pages}; if you accept it, add --accept-license."
+            f"nothing was downloaded. Licence of {terms}. Read it at {pages}; if you accept it, add --accept-license "
+            f"to download {size:.1f} MB."
         )
     click.echo(f"licence of {terms}", err=True)
     _make(remotes, place)
     click.echo(place)
-
-
-def _hub() -> ModuleType:
-    """The module that downloads, once all that is needed later is known to be here."""
-    try:
-        from edgemuse.export import exporter, hub  # noqa: F401
-    except ImportError as error:
-        if error.name and error.name.startswith("edgemuse"):
-            raise
-        raise BackendError(
-            f"fetching needs {error.name or 'PyTorch'}, which is missing here or does not load, so nothing was "
-            'downloaded; run: pip install "edgemuse[models]"'
-        ) from error
-    return hub
 
 
 def _make(remotes: Sequence[Remote], place: Path) -> None:

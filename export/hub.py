@@ -163,7 +163,7 @@ def _license(card: Any) -> str | None:
     if stated == "other":
         stated = " ".join(str(part) for part in (card.get("license_name"), card.get("license_link")) if part) or "other"
     stated = ", ".join(map(str, stated)) if isinstance(stated, list) else stated
-    return "".join(character for character in str(stated)[:200] if character.isprintable()) if stated else None
+    return _line(stated) if stated else None
 
 
 @contextmanager
@@ -198,5 +198,7 @@ def _reported(repository: str) -> Iterator[None]:
         ) from error
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _line(text: object) -> str:
+    """A line of what others wrote, without what a terminal would act on."""
+    words = str(text).split() or [type(text).__name__]
+    return "".join(character for character in " ".join(words)[:200] if character.isprintable())

@@ -39,6 +39,7 @@ class Hub:
         budget: bytes of content still to be given; when they are used up, 403. None: any number.
         cuts: how many more times a connection is cut in the middle of a file.
         swapped: content by path that is sent instead of what is listed.
+        hold: at this request for content, counted from 1, `held` is set and nothing is sent until `released` is set.
     """
 
     url: str = ""
@@ -48,6 +49,9 @@ class Hub:
     budget: int | None = None
     cuts: int = 0
     swapped: dict[str, bytes] = field(default_factory=dict)
+    hold: int = 0
+    held: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
     def add(self, name: str, folder: Path, inside: str, **changes: Any) -> Repository:
         """Publish the files under `folder` as the folder `inside` of the repository `name`."""
@@ -136,6 +140,11 @@ class _Answers(BaseHTTPRequestHandler):
     def _content(self, data: bytes, path: str, headers: dict[str, str]) -> None:
         data, wanted = self.hub.swapped.get(path, data), self.headers.get("Range")
         self.hub.served.append((path, wanted))
+        if len(self.hub.served) == self.hub.hold:
+            self.hub.held.set()
+            self.hub.released.wait(60)
+            self.close_connection = True
+            return
         code, part = 200, data
         if wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgemuse.engines.errors import BundleError, OutputError
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Cascade, open_bundle, open_model, write_zip
-from edgemuse.runtime.pipeline import segment
+from edgemuse.runtime.stages import segment
 from edgemuse.runtime.store import add, entries, find_model, free_place, store_folder
 
 BUILT_IN_NAME = "edgemuse-t1"
