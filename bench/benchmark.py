@@ -21,9 +21,10 @@ from edgemuse.bench.summary import baseline_of, focus, summarise
 from edgemuse.bench.systems import System, all_systems, parse_system, quick, select
 from edgemuse.calibration.scans import Source
 from edgemuse.engines.errors import InputError, OutputError
-from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN
+from edgemuse.runtime.builtin import SAMPLE_SCAN
 from edgemuse.runtime.bundle import open_model
 from edgemuse.runtime.scan import file_sha256, scan_stem
+from edgemuse.runtime.store import find_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def benchmark(request: Request, say: Callable[[str], None]) -> Path:
     """Measure what `request` asks for, as far as its report does not hold it yet; returns the report's main file."""
     if request.mlperf:
         mlperf.require_loadgen()
-    model = open_model(request.bundle or BUILT_IN)
+    model = open_model(find_model(request.bundle))
     model.verify()
     reference = source_of(model, request.reference) if request.reference else None
     scans = scans_in(request.data or SAMPLE_SCAN.parent)

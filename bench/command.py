@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import click
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.runtime.extras import needs_extra
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -108,7 +106,7 @@ def run(
       nnunet/compile, channels-last, bf16  the same, its network run another way
       plain/openvino, plain/onnxruntime    the exported graph with logits out, in a session as it comes
     """  # noqa: D301 click reads the backspace itself
-    with _extra():
+    with needs_extra("bench", "benchmarking", "a package"):
         from edgemuse.bench.benchmark import Request, benchmark
     count = repeats or (QUICK_REPEATS if quick else REPEATS)
     request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, scaling, mlperf, _typed())
@@ -123,7 +121,7 @@ def compare(first: Path, second: Path) -> None:
 
     Both must be on the same scans; commits, machines, versions and models may differ and are named.
     """
-    with _extra():
+    with needs_extra("bench", "benchmarking", "a package"):
         from edgemuse.bench.compare import compare as compared
     click.echo(compared(first, second), nl=False)
 
@@ -142,7 +140,7 @@ def downstream(reference: Path, engine: Path, covariates: Path) -> None:
     cross-validation; Mann-Whitney's U test on the errors and McNemar's on the decisions say whether they differ.
     Prints Markdown.
     """
-    with _extra():
+    with needs_extra("bench", "benchmarking", "a package"):
         from edgemuse.bench.downstream import downstream as compared
     click.echo(compared(reference, engine, covariates), nl=False)
 
@@ -150,17 +148,3 @@ def downstream(reference: Path, engine: Path, covariates: Path) -> None:
 def _typed() -> str:
     """The command line, for a report to name."""
     return shlex.join(["edgemuse", *sys.argv[1:]])
-
-
-@contextlib.contextmanager
-def _extra() -> Iterator[None]:
-    """Turn a missing package into a line that says what to install."""
-    try:
-        yield
-    except ImportError as error:
-        if error.name and error.name.startswith("edgemuse"):
-            raise
-        raise BackendError(
-            f"benchmarks need {error.name or 'a package'}, which is missing here or does not load; "
-            'run: pip install "edgemuse[bench]"'
-        ) from error

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import click
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.runtime.extras import needs_extra
 
 
 @click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")
@@ -42,18 +41,6 @@ def calibrate(bundle: Path, data: Path, output: Path | None) -> None:
       edgemuse calibrate dlmuse.bundle --data scans
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile balanced
     """  # noqa: D301  # \b keeps click from wrapping the example
-    module = _module()
-    click.echo(module.calibrate(bundle, data, output or bundle, partial(click.echo, err=True)))
-
-
-def _module() -> ModuleType:
-    try:
+    with needs_extra("calibrate", "calibrating", "NNCF"):
         from edgemuse.calibration import calibrate as module
-    except ImportError as error:
-        if error.name and error.name.startswith("edgemuse"):
-            raise
-        raise BackendError(
-            f"calibrating needs {error.name or 'NNCF'}, which is missing here or does not load; "
-            'run: pip install "edgemuse[calibrate]"'
-        ) from error
-    return module
+    click.echo(module.calibrate(bundle, data, output or bundle, partial(click.echo, err=True)))

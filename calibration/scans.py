@@ -11,10 +11,11 @@ import numpy as np
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import Batch
 from edgemuse.runtime.bundle import Network
+from edgemuse.runtime.geometry import shape_of
 from edgemuse.runtime.labels import Label
 from edgemuse.runtime.preprocess import preprocess
 from edgemuse.runtime.scan import SUFFIXES, file_sha256, open_scan, read_image, scan_stem
-from edgemuse.runtime.tiles import plan_tiles
+from edgemuse.runtime.tiles import cut, plan_tiles
 from edgemuse.runtime.types import Labels
 
 TRUTH = "_dseg"
@@ -99,14 +100,12 @@ def calibration_patches(sources: Sequence[Source], network: Network) -> list[Bat
 def _tiles(path: Path, network: Network, count: int) -> Iterator[Batch]:
     scan = open_scan(path)
     image = preprocess(read_image(scan), scan.affine, scan.zooms, network).image
-    d, h, w = image.shape
-    plan = plan_tiles((d, h, w), network.patch, STEP)
+    plan = plan_tiles(shape_of(image), network.patch, STEP)
     padded = np.pad(image, plan.pad)
     chosen = np.unique(np.linspace(0, plan.count - 1, min(count, plan.count)).round().astype(int))
     for place in zip(*np.unravel_index(chosen, [len(axis) for axis in plan.starts]), strict=True):
         corner = [axis[index] for axis, index in zip(plan.starts, place, strict=True)]
-        box = tuple(slice(start, start + side) for start, side in zip(corner, network.patch, strict=True))
-        yield np.ascontiguousarray(padded[box])[None, None]
+        yield cut(padded, corner, network.patch)[None, None]
 
 
 def read_truth(path: Path, labels: Sequence[Label]) -> Labels:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import click
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.runtime.extras import needs_extra
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -77,7 +76,8 @@ def export(
       edgemuse export DLMUSE/nnUNetTrainer__nnUNetPlans__3d_fullres -o dlmuse.bundle --orientation LPS
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle
     """  # noqa: D301  # \b keeps click from wrapping the example
-    exporter = _exporter()
+    with needs_extra("export", "exporting", "PyTorch"):
+        from edgemuse.export import exporter
     options = exporter.ExportOptions(
         folds=folds or None,
         checkpoint=checkpoint,
@@ -90,16 +90,3 @@ def export(
         progress=partial(click.echo, err=True),
     )
     click.echo(exporter.export_model(model_folder, bundle, options))
-
-
-def _exporter() -> ModuleType:
-    try:
-        from edgemuse.export import exporter
-    except ImportError as error:
-        if error.name and error.name.startswith("edgemuse"):
-            raise
-        raise BackendError(
-            f"exporting needs {error.name or 'PyTorch'}, which is missing here or does not load; "
-            'run: pip install "edgemuse[export]"'
-        ) from error
-    return exporter

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from edgemuse.runtime.geometry import Reorientation, reorientation
 from edgemuse.runtime.labels import Label
+from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box
 from edgemuse.runtime.types import Affine, Image, Labels, Shape
 
@@ -38,17 +39,6 @@ def turned_affine(affine: Affine, shape: Shape, turn: Reorientation) -> Affine:
         moved[source, 3] = shape[source] - 1 if flip else 0
     turned: Affine = affine @ moved
     return turned
-
-
-def largest_component(mask: Mask) -> Mask:
-    """The largest part of `mask` whose voxels share faces; of two equals the first in memory order."""
-    parts, count = ndimage.label(mask)
-    if count < 2:
-        return mask
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    largest: Mask = parts == sizes.argmax()
-    return largest
 
 
 def padded_box(mask: Mask, percent: int) -> Box:

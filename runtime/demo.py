@@ -11,6 +11,7 @@ import numpy as np
 from edgemuse.runtime.agreement import dice
 from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN, SAMPLE_TRUTH
 from edgemuse.runtime.bundle import open_bundle
+from edgemuse.runtime.geometry import voxel_mm3
 from edgemuse.runtime.labels import to_indices
 from edgemuse.runtime.outputs import prepare_folder
 from edgemuse.runtime.pipeline import Options, Segmentation, Segmenter, write
@@ -49,7 +50,7 @@ def run(output: Path, threads: int | None, progress: Callable[[int, int], None])
 def report(segmentation: Segmentation, found: Labels, truth: Labels) -> str:
     """Dice and volume of the main structures, the mean Dice over all, and the seconds of each stage."""
     scores = dice(found, truth)
-    voxel_ml = abs(float(np.linalg.det(segmentation.scan.affine[:3, :3]))) / 1000
+    voxel_ml = voxel_mm3(segmentation.scan.affine) / 1000
     lines = [f"{'structure (both sides)':<24}{'Dice':>6}{'ml':>9}"]
     for name, indices in SHOWN.items():
         score = np.mean([scores.get(index, 0.0) for index in indices])

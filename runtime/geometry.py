@@ -44,6 +44,17 @@ class Reorientation:
         return d, h, w
 
 
+def voxel_mm3(affine: Affine) -> float:
+    """Volume of a voxel, mm3."""
+    return float(abs(np.linalg.det(affine[:3, :3])))
+
+
+def shape_of(image: NDArray[Any]) -> Shape:
+    """Lengths along the three axes."""
+    d, h, w = image.shape
+    return d, h, w
+
+
 def orientation(affine: Affine) -> str:
     """Axis codes of the voxel grid, nearest to the world axes: `LPS` when i runs to the left, j back, k up."""
     return "".join(nib.orientations.aff2axcodes(affine))

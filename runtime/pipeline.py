@@ -28,7 +28,7 @@ from edgemuse.engines.protocol import Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
 from edgemuse.runtime import outputs, picture, quality
 from edgemuse.runtime.bundle import Bundle, Network
-from edgemuse.runtime.geometry import orientation
+from edgemuse.runtime.geometry import orientation, shape_of, voxel_mm3
 from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
@@ -43,7 +43,6 @@ from edgemuse.runtime.scan import Scan, file_sha256, open_scan, read_image, scan
 from edgemuse.runtime.tiles import (
     MOST_VALUES,
     TilePlan,
-    gaussian_window,
     largest_tiles,
     merge_tiles,
     mirrored,
@@ -142,10 +141,7 @@ class Segmenter:
         """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
         watch = Stopwatch()
         with watch.stage("load"):
-            scan = open_scan(path)
-            memory = self.plan(scan)
-            check_memory(scan, memory, self.options.max_ram)
-            log.info("memory: %s", memory)
+            scan, _ = admit(path, self.plan, self.options.max_ram)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
             shown = picture.to_bytes(image)
@@ -169,7 +165,7 @@ class Segmenter:
         held: int = 0,
     ) -> Run:
         """From the network's input, made of `scan`, to classes on its grid. `held`: bytes taken by other things."""
-        plan, memory = self._tiles(scan, _shape(prepared), held)
+        plan, memory = self._tiles(scan, shape_of(prepared.image), held)
         with watch.stage("engine"):
             engine = self.engine(plan.patch)
         with watch.stage("infer"):
@@ -205,7 +201,7 @@ class Segmenter:
             self._tile = tile
             chosen = self.options.engine
             replaceable = chosen.device != "CPU" and (self._asked.backend, self._asked.device) == ("auto", "auto")
-            self._engine = open_with_fallback(self._open, chosen, self._cpu if replaceable else None)
+            self._engine = open_with_fallback(partial(self._open, tile), chosen, self._cpu if replaceable else None)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -223,9 +219,8 @@ class Segmenter:
         _warn_accuracy(self.options.profile, chosen.precision, self.verdict)
         return chosen
 
-    def _open(self, options: EngineOptions) -> Engine:
-        graph = self.bundle.graph(stored_precision(options.precision))
-        return open_engine(graph, (1, 1, *(self._tile or self.network.patch)), options)
+    def _open(self, tile: Shape, options: EngineOptions) -> Engine:
+        return open_engine(self.bundle.graph(stored_precision(options.precision)), (1, 1, *tile), options)
 
     def _cpu(self, reason: str) -> EngineOptions:
         """What takes over, for this scan and all later ones, from a GPU that failed."""
@@ -237,8 +232,7 @@ class Segmenter:
     ) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        window = gaussian_window(plan.patch) if plan.count > 1 else np.ones(plan.patch, np.float32)
-        slabs = merge_tiles(prepared.image, plan, window, infer, lambda: progress(next(done), plan.count))
+        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count))
         network = self.network
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
@@ -308,6 +302,15 @@ class Stopwatch:
         log.info("%s: %.2f s", name, self.seconds[name])
 
 
+def admit(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | None) -> tuple[Scan, MemoryPlan]:
+    """The scan at `path`, unread, and the memory that `plan` says it takes; raises where either is refused."""
+    scan = open_scan(path)
+    memory = plan(scan)
+    check_memory(scan, memory, max_ram)
+    log.info("memory: %s", memory)
+    return scan, memory
+
+
 def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
     """Why the result for `scan` should be looked at; says so in the log as well."""
     flags = quality.assess(subject)
@@ -316,31 +319,20 @@ def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
     return flags
 
 
-def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
-    """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
-    from edgemuse.runtime.stages import open_segmenter  # which is made of what stands here
-
-    with open_segmenter(bundle, options or Options()) as segmenter:
-        return segmenter.segment(path)
-
-
 def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -> list[Path]:
     """Write the label map, its legend, the volumes, the provenance and a picture into `folder`; returns their paths."""
     labels, scan = segmentation.labels, segmentation.scan
     start = time.perf_counter()
-    counts = count_voxels(segmentation.classes, labels)
-    voxel_mm3 = float(abs(np.linalg.det(scan.affine[:3, :3])))
+    voxels, mm3 = structure_voxels(count_voxels(segmentation.classes, labels), labels), voxel_mm3(scan.affine)
     contents = {
         "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
         "dseg.tsv": dseg_tsv(labels).encode(),
-        "volumes.tsv": volumes_tsv(structure_voxels(counts, labels), labels, voxel_mm3).encode(),
+        "volumes.tsv": volumes_tsv(voxels, labels, mm3).encode(),
     }
     if is_muse(labels):
-        table = dlmuse_csv(scan_stem(scan.path), structure_voxels(counts, labels), voxel_mm3)
-        contents[outputs.DLMUSE_CSV] = table.encode()
+        contents[outputs.DLMUSE_CSV] = dlmuse_csv(scan_stem(scan.path), voxels, mm3).encode()
     if with_picture:
-        found = sum(1 for label in labels if label.index and counts[label.number])
-        litres = sum(int(counts[label.number]) for label in labels if label.index) * voxel_mm3 / 1e6
+        found, litres = np.count_nonzero(list(voxels.values())), sum(voxels.values()) * mm3 / 1e6
         caption = f"{scan.path.name}   {segmentation.provenance['model']['name']}   {found} structures   {litres:.2f} l"
         names = [flag.name for flag in segmentation.flags]
         shown, classes = segmentation.shown, segmentation.classes
@@ -381,8 +373,3 @@ def _restore(classes: Labels, prepared: Prepared, count: int) -> Labels:
     whole = np.zeros(prepared.grid_shape, class_dtype(count))
     whole[prepared.box] = classes
     return prepared.reorientation.undo(whole)
-
-
-def _shape(prepared: Prepared) -> Shape:
-    d, h, w = prepared.image.shape
-    return d, h, w

@@ -39,15 +39,21 @@ def remove_islands(classes: Labels, labels: Sequence[Label]) -> int:
     return changed + sum(_keep_largest(classes, number, boxes[number - 1]) for number in single if boxes[number - 1])
 
 
+def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest part of `mask` whose voxels share faces; of two equals the first in memory order."""
+    parts, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    largest: NDArray[np.bool_] = parts == _largest(parts)
+    return largest
+
+
 def _keep_brain(classes: Labels) -> int:
     found = ndimage.find_objects((classes != 0).view(np.uint8))
     if not found:
         return 0
     inside = classes[found[0]]
-    parts, count = ndimage.label(inside != 0)
-    if count < 2:
-        return 0
-    stray = (parts != _largest(parts)) & (parts != 0)
+    stray = (inside != 0) & ~largest_component(inside != 0)
     inside[stray] = 0
     return int(stray.sum())
 

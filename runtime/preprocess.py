@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from edgemuse.runtime.bundle import Network, Normalization
-from edgemuse.runtime.geometry import Reorientation, reorientation
+from edgemuse.runtime.geometry import Reorientation, reorientation, shape_of
 from edgemuse.runtime.resample import resample_image, resampled_shape
 from edgemuse.runtime.types import Affine, Image, Shape, Spacing
 
@@ -53,9 +53,9 @@ def preprocess(image: Image, affine: Affine, zooms: Spacing, network: Network) -
     cropped = np.array(turned[box], dtype=np.float32, order="C")
     normalize(cropped, network.normalization)
     spacing = turn.spacing(zooms)
-    shape = resampled_shape(_shape(cropped), spacing, network.spacing)
+    shape = resampled_shape(shape_of(cropped), spacing, network.spacing)
     resampled = resample_image(cropped, shape, spacing, network.spacing, network.image_resampling)
-    return Prepared(resampled, turn, _shape(turned), box, spacing)
+    return Prepared(resampled, turn, shape_of(turned), box, spacing)
 
 
 def nonzero_box(image: Image) -> Box:
@@ -106,8 +106,3 @@ def _zscore(image: Image, use_mask: bool) -> None:
     mask = foreground(image) if use_mask else np.ones(image.shape, dtype=bool)
     inside = image[mask]
     image[mask] = (inside - inside.mean()) / max(inside.std(), STD_FLOOR)
-
-
-def _shape(image: Image) -> Shape:
-    d, h, w = image.shape
-    return d, h, w

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from edgemuse.runtime.geometry import orientation
+from edgemuse.runtime.geometry import orientation, voxel_mm3
 from edgemuse.runtime.labels import Label, by_index, count_voxels, structure_voxels
 from edgemuse.runtime.muse import is_muse, region_voxels
 from edgemuse.runtime.postprocess import TOUCHING
@@ -36,7 +36,7 @@ APART = 0.3
 APART_MM3 = 1000.0
 """Structures that are smaller are not asked for it."""
 CONTRAST_TO_NOISE = 8.0
-"""Clean scans have 20 to 40; at 8 the grain is plain to see."""
+"""Below it the grain is plain to see."""
 NAMED = 5
 """So many structures are named in an explanation."""
 FACES = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
@@ -84,16 +84,16 @@ def assess(subject: Subject) -> tuple[Flag, ...]:
     inside = subject.inside
     if inside is None:
         inside = np.array([label.index > 0 for label in subject.labels])[subject.classes]
-    voxel_mm3 = float(abs(np.linalg.det(subject.affine[:3, :3])))
+    voxel = voxel_mm3(subject.affine)
     voxels = structure_voxels(count_voxels(subject.classes, subject.labels), subject.labels)
-    mm3 = {index: count * voxel_mm3 for index, count in voxels.items()}
+    mm3 = {index: count * voxel for index, count in voxels.items()}
     return (
         *_field_of_view(
             faces_mm2(inside, subject.affine), "labelled region" if subject.inside is None else "brain mask"
         ),
-        *_volume(float(inside.sum() * voxel_mm3), subject.plausible_mm3),
+        *_volume(float(inside.sum() * voxel), subject.plausible_mm3),
         *_missing(mm3, subject.labels),
-        *_fragmented(apart(subject.classes, subject.labels, voxel_mm3), subject.labels),
+        *_fragmented(apart(subject.classes, subject.labels, voxel), subject.labels),
         *_asymmetric(pairs(mm3, subject.labels)),
         *_noisy(contrast_to_noise(subject.shown, inside)),
         *_anisotropic(subject.zooms, subject.spacing),

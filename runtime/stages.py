@@ -19,18 +19,20 @@ from edgemuse.runtime.bundle import Bundle, Cascade, open_model
 from edgemuse.runtime.cascade import (
     Mask,
     fill,
-    largest_component,
     masked_crop,
     padded_box,
     paste,
     turn_to,
     turned_affine,
 )
+from edgemuse.runtime.geometry import shape_of, voxel_mm3
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit
-from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch, flagged
+from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch, admit, flagged
+from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box, preprocess
 from edgemuse.runtime.quality import Subject
-from edgemuse.runtime.scan import Scan, open_scan, read_image
+from edgemuse.runtime.scan import Scan, read_image
+from edgemuse.runtime.store import find_model
 from edgemuse.runtime.types import Affine, Image, Labels, Shape, Spacing
 
 log = logging.getLogger("edgemuse")
@@ -69,10 +71,7 @@ class CascadeSegmenter:
         """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
         watch = Stopwatch()
         with watch.stage("load"):
-            scan = open_scan(path)
-            memory = self.plan(scan)
-            check_memory(scan, memory, self.options.max_ram)
-            log.info("memory: %s", memory)
+            scan, memory = admit(path, self.plan, self.options.max_ram)
             image = read_image(scan)
             shown = picture.to_bytes(image)
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
@@ -90,7 +89,11 @@ class CascadeSegmenter:
         held = self._held(scan)
         planned = max(memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan)
         record = self._record(scan, first, second, planned, seconds)
-        record["mask"] = {"voxels": int(mask.sum()), "mm3": float(mask.sum() * _voxel_mm3(scan)), "crop": _sides(box)}
+        record["mask"] = {
+            "voxels": int(mask.sum()),
+            "mm3": float(mask.sum() * voxel_mm3(scan.affine)),
+            "crop": _sides(box),
+        }
         return Segmentation(scan, shown, found, self.cascade.labels, flags, seconds, record | quality.record(flags))
 
     def _subject(self, scan: Scan, shown: NDArray[np.uint8], classes: Labels, inside: Mask) -> Subject:
@@ -131,14 +134,14 @@ class CascadeSegmenter:
             crop = masked_crop(turned.image, mask, box)
         if not crop.any():
             raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
-        check_memory(scan, self.plan(scan, _shape(crop)), self.options.max_ram)
-        cropped = replace(scan, shape=_shape(crop))
+        check_memory(scan, self.plan(scan, shape_of(crop)), self.options.max_ram)
+        cropped = replace(scan, shape=shape_of(crop))
         with watch.stage("preprocess"):
             prepared = preprocess(crop, turned.affine, turned.zooms, self.regions.network)
             del crop
         run = self.regions.run(cropped, prepared, watch, progress, self._held(scan) + self.mask.plan(scan).scan)
         with watch.stage("paste"):
-            classes = paste(run.classes, box, _shape(turned.image))
+            classes = paste(run.classes, box, shape_of(turned.image))
             if self.cascade.manifest.fill is not None:
                 classes = fill(classes, mask, self.regions.bundle.labels, self.cascade.manifest.fill.number)
         return run, box, classes
@@ -179,21 +182,18 @@ def segmenter_of(model: Bundle | Cascade, options: Options) -> Segmenter | Casca
 
 
 def open_segmenter(path: str | Path, options: Options) -> Segmenter | CascadeSegmenter:
-    """What segments with the bundle or cascade at `path`; raises BundleError."""
-    return segmenter_of(open_model(path), options)
+    """What segments with the bundle or cascade at `path`, or of that name in the store; raises BundleError."""
+    return segmenter_of(open_model(find_model(Path(path))), options)
+
+
+def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
+    """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
+    with open_segmenter(bundle, options or Options()) as segmenter:
+        return segmenter.segment(path)
 
 
 def _after(tiles: int, progress: Progress) -> Progress:
     return lambda done, total: progress(tiles + done, tiles + total)
-
-
-def _voxel_mm3(scan: Scan) -> float:
-    return float(abs(np.linalg.det(scan.affine[:3, :3])))
-
-
-def _shape(image: Image) -> Shape:
-    i, j, k = image.shape
-    return i, j, k
 
 
 def _sides(box: Box) -> list[list[int]]:

@@ -6,6 +6,7 @@ weights and handed on, so the sum is never larger than one patch in depth: memor
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,7 @@ def tile_starts(size: int, tile: int, apart: float) -> tuple[int, ...]:
     return tuple(round(last / (count - 1) * n) for n in range(count)) if count > 1 else (0,)
 
 
+@functools.lru_cache(maxsize=1)
 def gaussian_window(patch: Shape) -> NDArray[np.float32]:
     """(d, h, w) weights of a tile: a Gaussian of sigma patch/8, its peak 10.
 
@@ -92,6 +94,7 @@ def gaussian_window(patch: Shape) -> NDArray[np.float32]:
     half = (window / (window.max() / 10)).astype(np.float32).astype(np.float16)  # torch rounds twice as well
     half[half == 0] = half[half != 0].min()
     weights: NDArray[np.float32] = half.astype(np.float32)
+    weights.setflags(write=False)
     return weights
 
 
@@ -114,7 +117,6 @@ def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
 def merge_tiles(
     image: Image,
     plan: TilePlan,
-    window: NDArray[np.float32],
     infer: Infer,
     progress: Callable[[], None] = lambda: None,
     dtype: DTypeLike = np.float32,
@@ -124,7 +126,6 @@ def merge_tiles(
     Args:
         image: (d, h, w), of `plan.shape`.
         plan: where the tiles lie.
-        window: weight of each voxel of a tile.
         infer: one tile's features. Its result may be changed.
         progress: called after each tile.
         dtype: of the sum.
@@ -132,10 +133,12 @@ def merge_tiles(
     Yields:
         The depth at which a slab starts, and the slab: a view that is valid until the next one is asked for.
     """
+    # before the large arrays, because what is kept behind them in the heap keeps their memory
+    window = gaussian_window(plan.patch) if plan.count > 1 else None
     padded = np.pad(image, plan.pad)
     (top, _), (left, _), (near, _) = plan.pad
     _, height, width = plan.shape
-    if plan.count == 1:
+    if window is None:
         features = infer(padded).astype(dtype, copy=False)
         progress()
         yield 0, features[top : top + plan.shape[0], left : left + height, near : near + width]
@@ -145,8 +148,7 @@ def merge_tiles(
     total: Features | None = None
     for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
         for row, column in itertools.product(*plan.starts[1:]):
-            tile = _tile(padded, (start, row, column), plan.patch)
-            features = infer(tile)
+            features = infer(cut(padded, (start, row, column), plan.patch))
             progress()
             if total is None:
                 total = np.zeros((*weights.shape, features.shape[-1]), dtype)
@@ -162,9 +164,10 @@ def merge_tiles(
         _advance(weights, done)
 
 
-def _tile(padded: Image, corner: Shape, patch: Shape) -> NDArray[np.float32]:
-    window = tuple(slice(first, first + size) for first, size in zip(corner, patch, strict=True))
-    return np.ascontiguousarray(padded[window])
+def cut(padded: Image, corner: Sequence[int], patch: Shape) -> NDArray[np.float32]:
+    """The tile of shape `patch` that begins at `corner`."""
+    box = tuple(slice(first, first + size) for first, size in zip(corner, patch, strict=True))
+    return np.ascontiguousarray(padded[box])
 
 
 def _add(

@@ -449,7 +449,7 @@ def test_huge_patch_is_refused_before_anything_of_its_size_is_made(
     def window(patch: tuple[int, ...]) -> None:
         raise AssertionError(f"a window of {patch}")
 
-    monkeypatch.setattr("edgemuse.runtime.pipeline.gaussian_window", window)
+    monkeypatch.setattr("edgemuse.runtime.tiles.gaussian_window", window)
     model, scan = tiny_bundle(tmp_path / "b", patch=(4096, 4096, 4096)), write_scan(tmp_path / "t1.nii.gz")
     ran = CommandLine(capfd, tmp_path / "cache")("segment", scan, "-m", model, "-o", tmp_path / "out")
     assert ran.code == 2, ran.err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edgemuse.runtime.bundle import Head, Resampling
 from edgemuse.runtime.head import class_dtype, classify, label_slabs
 from edgemuse.runtime.resample import output_matrices
-from edgemuse.runtime.tiles import gaussian_window, merge_tiles, mirrored, plan_tiles
+from edgemuse.runtime.tiles import merge_tiles, mirrored, plan_tiles
 
 FEATURES, CLASSES = 4, 11
 
@@ -64,12 +64,12 @@ def test_equal_to_merging_and_resampling_logits(shape, target, patch, step, axes
     image = rng.normal(size=shape).astype(np.float32)
     networks = [network_of(rng, patch) for _ in range(folds)]
     heads = [head_of(rng) for _ in range(folds)]
-    plan, window = plan_tiles(shape, patch, step), gaussian_window(patch)
+    plan = plan_tiles(shape, patch, step)
     resampling = Resampling(order)
     matrices = output_matrices(shape, spacing, target, (1.0, 1.0, 1.0), resampling)
 
     def slabs(infer):
-        return merge_tiles(image, plan, window, mirrored(infer, axes))
+        return merge_tiles(image, plan, mirrored(infer, axes))
 
     def logits(network, head):
         volume = np.concatenate(

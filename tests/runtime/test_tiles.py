@@ -16,9 +16,7 @@ STEPS = st.sampled_from([0.25, 0.5, 0.7, 1.0])
 
 def merged(image, patch, step, infer, dtype=np.float32):
     plan = plan_tiles(image.shape, patch, step)
-    slabs = [
-        (start, slab.copy()) for start, slab in merge_tiles(image, plan, gaussian_window(patch), infer, dtype=dtype)
-    ]
+    slabs = [(start, slab.copy()) for start, slab in merge_tiles(image, plan, infer, dtype=dtype)]
     depths = [len(slab) for _, slab in slabs]
     assert [start for start, _ in slabs] == list(itertools.accumulate([0, *depths[:-1]]))
     return np.concatenate([slab for _, slab in slabs])
@@ -81,7 +79,7 @@ def test_large_tiles_share_half_a_patch_and_cover_everything(shape, patch, strid
     patch = tuple(-(-side // unit) * unit for side, unit in zip(patch, stride, strict=True))
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     for plan in itertools.islice(largest_tiles(shape, patch, stride), 6):
-        slabs = merge_tiles(image, plan, gaussian_window(plan.patch), lambda tile: tile[..., None].copy())
+        slabs = merge_tiles(image, plan, lambda tile: tile[..., None].copy())
         whole = np.concatenate([slab.copy() for _, slab in slabs])
         np.testing.assert_allclose(whole[..., 0], image, rtol=1e-5, atol=1e-6)
         for starts, side, tile in zip(plan.starts, plan.patch, patch, strict=True):
@@ -125,7 +123,6 @@ def test_progress_hears_of_every_tile():
     for _ in merge_tiles(
         np.ones((20, 9, 9), np.float32),
         plan,
-        gaussian_window((8, 8, 8)),
         lambda tile: tile[..., None].copy(),
         lambda: calls.append(1),
     ):
