@@ -87,6 +87,8 @@ def run(
 ) -> None:
     """Measure every system on every scan and write a report.
 
+    BUNDLE is a folder or a .zip that 'export' made, or a name that 'models list' shows; without it, the built-in model.
+
     Each run is a process of its own, in turn with the other systems', and measured whole, from its start to its end.
     Accuracy stands beside speed: Dice, 95 % Hausdorff distance and volumes against the truth, where there is one, and
     against the baseline: nnU-Net's own predictor with --reference, else edgemuse's profile 'reference' in fp32.

@@ -38,6 +38,7 @@ def test_a_wrong_label_is_not_explained_by_half_precision(scan, model_folder):
     assert exact.explained((labels + 1) % 7, labels) < 0.5
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler about itself
 @pytest.mark.parametrize("variant", ["channels-last", "bf16", pytest.param("compile", marks=pytest.mark.slow)])
 def test_variants_run_the_same_network(variant, scan, model_folder, tmp_path):
     folder, calls = model_folder(), []

@@ -127,7 +127,7 @@ def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_fo
     for name in ("a", "b"):
         (data / f"{name}_dseg.nii.gz").unlink()
     report = tmp_path / "report"
-    arguments = ["bench", bundle, "--data", data, "-o", report, "--reference", folder, "--repeats", 1]
+    arguments = ["bench", bundle, "--data", data, "-o", report, "--reference", folder, "--repeats", 1, "--threads", 1]
     ran = command(*arguments, "--systems", "nnunet/eager", "--systems", OURS)
     assert ran.code == 0, ran.err
     rows = read_rows(report)
