@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from edgemuse.bench import figures
-from edgemuse.bench.mlperf import SHARES, Scenario, scenarios
+from edgemuse.bench.mlperf import SHARES, scenarios
 from edgemuse.bench.rows import Row
 from edgemuse.bench.run import label_path
 from edgemuse.bench.scaling import AXES, curves
@@ -95,7 +95,7 @@ def sections(folder: Path, rows: Sequence[Row], scans: Sequence[Source], command
     shown = focus(summaries)
     yield Section("edgemuse bench", _environment(rows, command))
     yield _results(summaries)
-    yield _flagged(summaries, scenarios(rows))
+    yield _flagged(summaries, rows)
     yield Section("Accuracy and time", figures={"pareto": figures.pareto(summaries)})
     yield _stages(summaries)
     for name, where in (("the truth", "truth"), ("the baseline's labels", "baseline")):
@@ -209,14 +209,18 @@ def _spread(values: Spread | None) -> str:
     return f"{values.median:.2f} ({values.p10:.2f}–{values.p90:.2f})" if values else NOTHING
 
 
-def _flagged(summaries: Sequence[Summary], found: Sequence[Scenario]) -> Section:
+def _flagged(summaries: Sequence[Summary], rows: Sequence[Row]) -> Section:
     points = [f"{s.system}: {flag}" for s in summaries for flag in s.flags]
     points += [f"{s.system} failed on {error}" for s in summaries for error in s.errors]
     points += [
         f"{x.system}: MLPerf's {x.scenario}: {x.share:.2%} of the baseline's Dice, less than {SHARES[0]:.0%}"
-        for x in found
+        for x in scenarios(rows)
         if not x.share >= SHARES[0]
     ]
+    for row in rows:
+        if row["kind"] in ("scaling", "mlperf") and row["failed"]:
+            what = row["scenario"] if row["kind"] == "mlperf" else f"{row['axis']} {row['value']:g}"
+            points.append(f"{row['system']} failed, {what}: {row['error']}")
     text = "" if points else "Every system ran on every scan, and nothing speaks against the labels of any."
     return Section("Flags", text, points=points)
 

@@ -154,7 +154,12 @@ def test_scores_of_a_truth_that_was_mended_replace_the_old():
 
 def test_a_failed_system_is_in_the_report(tmp_path):
     failed = run_row(OTHER, 0.0, round=0) | {"failed": True, "error": "no <memory> left"}
-    write_report(tmp_path, [run_row(BASE, 1.0), failed])
+    point = SHARED | {"kind": "scaling", "system": BASE, "axis": "threads", "value": 2, "failed": True, "error": "why"}
+    scenario = SHARED | {"kind": "mlperf", "system": BASE, "scenario": "Offline", "error": "why not"}
+    scenario |= {"against": "truth", "failed": True}
+    write_report(tmp_path, [run_row(BASE, 1.0), failed, point, scenario])
+    assert f"{BASE} failed, threads 2: why\n" in (tmp_path / "report.md").read_text()
+    assert f"{BASE} failed, Offline: why not\n" in (tmp_path / "report.md").read_text()
     assert f"{OTHER} failed on a: no <memory> left" in (tmp_path / "report.md").read_text()
     assert "no &lt;memory&gt; left" in (tmp_path / "report.html").read_text()
 
