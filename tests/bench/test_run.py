@@ -207,6 +207,11 @@ def test_systems_are_selected_by_the_beginning_of_their_name(tmp_path):
     systems = all_systems(open_bundle(tiny_bundle(tmp_path / "tiny.bundle", mirror_axes=(0,))), with_reference=True)
     assert systems[0] == baseline(systems) == System("nnunet", ("eager", "mirrored"))
     assert all(parse_system(system.name) == system for system in systems)
+    nnunet = {f"nnunet/{variant}" for variant in ("eager/mirrored", "eager", "compile", "channels-last", "bf16")}
+    profiles = {f"edgemuse/openvino/fp32/{profile}" for profile in ("reference", "balanced", "fast")}
+    assert {system.name for system in systems} >= nnunet | profiles | {"plain/openvino"}
+    alike = all_systems(open_bundle(tiny_bundle(tmp_path / "alike.bundle")), with_reference=False)
+    assert "edgemuse/openvino/fp32/balanced" not in {system.name for system in alike}  # it is reference
     assert {system.family for system in select(systems, ["plain", "edgemuse/openvino"])} == {"plain", "edgemuse"}
     with pytest.raises(InputError, match="plain/openvino"):
         select(systems, ["plain/open"])
