@@ -131,16 +131,16 @@ def _calibrated_stages(
     cascade: Cascade, chosen: Sequence[Source], held_out: Sequence[Source], folder: Path, progress: Progress
 ) -> tuple[CascadeManifest, list[Bundle]]:
     """Calibrate `mask`, then `regions`: the manifest that joins them, and both, written into `folder`."""
-    kept = {role: _kept(getattr(cascade, role)) for role in cascade.STAGES}
+    kept = {role: _kept(bundle) for role, bundle in cascade.bundles.items()}
     inputs = stage_inputs(cascade, [*chosen, *held_out], folder, progress)
     stages: dict[str, Bundle] = {}
-    for role in cascade.STAGES:
+    for role, bundle in cascade.bundles.items():
         sources = inputs[role]
         with tempfile.TemporaryDirectory(dir=folder) as drafts:
-            work = Work(getattr(cascade, role), Path(drafts), kept[role], partial(_say, progress, role))
+            work = Work(bundle, Path(drafts), kept[role], partial(_say, progress, role))
             manifest, files = _calibrated(work, sources[: len(chosen)], sources[len(chosen) :])
         stages[role] = open_bundle(write_bundle(folder / f"{role}.bundle", manifest, files))
-    hashes = {role: bundle.sha256 for role, bundle in stages.items()}
+    hashes = {role: stage.sha256 for role, stage in stages.items()}
     return replace(cascade.manifest, stages=hashes), list(stages.values())
 
 

@@ -66,7 +66,7 @@ def _cropped(cascade: Cascade, source: Source, crop: Crop, folder: Path) -> Sour
 def _truth(cascade: Cascade, truth: Path, crop: Crop, folder: Path) -> Path:
     """The true labels at the box of `crop`, without those that the region network does not give."""
     labels = cascade.regions.labels
-    inside = crop.turned.turn.apply(to_indices(read_truth(truth, labels), labels))[crop.box]
+    inside = crop.turn.apply(to_indices(read_truth(truth, labels), labels))[crop.box]
     if not inside.any():
         raise InputError(
             f"{truth}: no structure lies where {cascade.mask.name} found the brain; look at the truth and at the scan"

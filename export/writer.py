@@ -72,8 +72,9 @@ def _listed(model: Bundle | Cascade) -> set[str]:
     """What `_names` finds where there is nothing but `model`."""
     if isinstance(model, Bundle):
         return {MANIFEST, *model.manifest.files}
-    stages = {role: getattr(model, role) for role in model.STAGES}
-    return {CASCADE, *stages} | {f"{role}/{name}" for role, bundle in stages.items() for name in _listed(bundle)}
+    return {CASCADE, *model.bundles} | {
+        f"{role}/{name}" for role, bundle in model.bundles.items() for name in _listed(bundle)
+    }
 
 
 def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:

@@ -46,12 +46,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Turned:
-    """A scan's voxels on the cascade's grid: (i, j, k) intensities, their affine and mm along each axis.
+    """A scan's voxels on the cascade's grid: (i, j, k) intensities, their affine and mm along each axis."""
 
-    `turn`: from the scan's own grid.
-    """
-
-    turn: Reorientation
     image: Image
     affine: Affine
     zooms: Spacing
@@ -59,8 +55,12 @@ class Turned:
 
 @dataclass(frozen=True)
 class Crop:
-    """What the second network gets of a scan: the part of `turned` at `box`, in `image` 0 outside the mask."""
+    """What the second network gets of a scan: of `turned` the part at `box`, in `image` 0 outside the mask.
 
+    `turn`: from the scan's own grid to that of `turned`.
+    """
+
+    turn: Reorientation
     turned: Turned
     box: Box
     image: Image
@@ -87,14 +87,15 @@ class CascadeSegmenter:
             scan, memory = admit(path, self.plan, self.options.max_ram)
             image = read_image(scan)
             shown = picture.to_bytes(image)
-        turned = self._turned(scan, image)
+        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
+        turned = Turned(turn.apply(image), turned_affine(scan.affine, scan.shape, turn), turn.spacing(scan.zooms))
         del image
         in_mask, in_regions = Stopwatch("mask "), Stopwatch("regions ")
         with self._room(self.mask, scan, memory):
             first, mask = self._find_mask(scan, turned, in_mask, progress)
         with self._room(self.regions, scan, memory):
             second, box, classes = self._label(scan, turned, mask, in_regions, _after(first.plan.count, progress))
-        found, inside = turned.turn.undo(classes), turned.turn.undo(mask)
+        found, inside = turn.undo(classes), turn.undo(mask)
         with watch.stage("quality"):
             flags = flagged(scan, self._subject(scan, shown, found, inside))
         seconds = watch.seconds | in_mask.seconds | in_regions.seconds
@@ -108,30 +109,21 @@ class CascadeSegmenter:
         }
         return Segmentation(scan, shown, found, self.cascade.labels, flags, seconds, record | quality.record(flags))
 
-    def crop(self, path: str | Path) -> Crop:
-        """What the second network gets of the NIfTI file at `path`. Raises a child of EdgemuseError."""
-        scan, memory = admit(path, self.plan, self.options.max_ram)
-        turned = self._turned(scan, read_image(scan))
-        with self._room(self.mask, scan, memory):
-            mask = self._find_mask(scan, turned, Stopwatch("mask "), lambda done, total: None)[1]
-        return self._crop(scan, turned, mask)
-
-    def _turned(self, scan: Scan, image: Image) -> Turned:
-        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
-        affine = turned_affine(scan.affine, scan.shape, turn)
-        return Turned(turn, turn.apply(image), affine, turn.spacing(scan.zooms))
-
-    def _crop(self, scan: Scan, turned: Turned, mask: Mask) -> Crop:
-        box = padded_box(mask, self.cascade.manifest.padding_percent)
-        image = masked_crop(turned.image, mask, box)
-        if not image.any():
-            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
-        return Crop(turned, box, image)
-
     def _subject(self, scan: Scan, shown: NDArray[np.uint8], classes: Labels, inside: Mask) -> Subject:
         labels, spacing = self.cascade.labels, self.regions.network.spacing
         plausible = self.cascade.manifest.plausible_mm3
         return Subject(shown, classes, labels, scan.affine, scan.zooms, spacing, inside, plausible)
+
+    def crop(self, path: str | Path) -> Crop:
+        """What the second network gets of the NIfTI file at `path`. Raises a child of EdgemuseError."""
+        scan, memory = admit(path, self.plan, self.options.max_ram)
+        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
+        image, affine = turn.apply(read_image(scan)), turned_affine(scan.affine, scan.shape, turn)
+        turned = Turned(image, affine, turn.spacing(scan.zooms))
+        with self._room(self.mask, scan, memory):
+            _, mask = self._find_mask(scan, turned, Stopwatch("mask "), lambda done, total: None)
+        box, crop = self._crop(scan, turned, mask)
+        return Crop(turn, turned, box, crop)
 
     def plan(self, scan: Scan, crop: Shape | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, if what is inside the mask has the shape `crop` (None: a head)."""
@@ -158,18 +150,24 @@ class CascadeSegmenter:
             )
         return run, mask
 
+    def _crop(self, scan: Scan, turned: Turned, mask: Mask) -> tuple[Box, Image]:
+        box = padded_box(mask, self.cascade.manifest.padding_percent)
+        crop = masked_crop(turned.image, mask, box)
+        if not crop.any():
+            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
+        return box, crop
+
     def _label(
         self, scan: Scan, turned: Turned, mask: Mask, watch: Stopwatch, progress: Progress
     ) -> tuple[Run, Box, Labels]:
         with watch.stage("crop"):
-            crop = self._crop(scan, turned, mask)
-        box, shape = crop.box, shape_of(crop.image)
-        check_memory(scan, self.plan(scan, shape), self.options.max_ram)
+            box, crop = self._crop(scan, turned, mask)
+        check_memory(scan, self.plan(scan, shape_of(crop)), self.options.max_ram)
+        cropped = replace(scan, shape=shape_of(crop))
         with watch.stage("preprocess"):
-            prepared = preprocess(crop.image, turned.affine, turned.zooms, self.regions.network)
+            prepared = preprocess(crop, turned.affine, turned.zooms, self.regions.network)
             del crop
-        held = self._held(scan) + self.mask.plan(scan).scan
-        run = self.regions.run(replace(scan, shape=shape), prepared, watch, progress, held)
+        run = self.regions.run(cropped, prepared, watch, progress, self._held(scan) + self.mask.plan(scan).scan)
         with watch.stage("paste"):
             classes = paste(run.classes, box, shape_of(turned.image))
             if self.cascade.manifest.fill is not None:
