@@ -150,13 +150,6 @@ class CascadeSegmenter:
             )
         return run, mask
 
-    def _crop(self, scan: Scan, turned: Turned, mask: Mask) -> tuple[Box, Image]:
-        box = padded_box(mask, self.cascade.manifest.padding_percent)
-        crop = masked_crop(turned.image, mask, box)
-        if not crop.any():
-            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
-        return box, crop
-
     def _label(
         self, scan: Scan, turned: Turned, mask: Mask, watch: Stopwatch, progress: Progress
     ) -> tuple[Run, Box, Labels]:
@@ -173,6 +166,13 @@ class CascadeSegmenter:
             if self.cascade.manifest.fill is not None:
                 classes = fill(classes, mask, self.regions.bundle.labels, self.cascade.manifest.fill.number)
         return run, box, classes
+
+    def _crop(self, scan: Scan, turned: Turned, mask: Mask) -> tuple[Box, Image]:
+        box = padded_box(mask, self.cascade.manifest.padding_percent)
+        crop = masked_crop(turned.image, mask, box)
+        if not crop.any():
+            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
+        return box, crop
 
     def _held(self, scan: Scan) -> int:
         """Bytes that stay for the second stage and for the way back: the scan, the mask, and its classes."""
