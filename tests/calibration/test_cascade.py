@@ -45,12 +45,13 @@ def silent(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three scans, the last with truth: structure 1 everywhere in the head, 3 in its core."""
+    """Three scans, the last with truth: every structure, in blocks, so that it differs from itself if it is turned."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(3):
         image = head_image((34, 38, 30), seed=number)
         write_scan(folder / f"sub-{number}_T1w.nii.gz", image, affine=AFFINE)
-    truth = np.where(image > 560, 30, np.where(image > 0, 10, 0)).astype(np.uint8)
+    blocks = np.random.default_rng(0).integers(0, 6, (9, 10, 8)).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    truth = 10 * blocks[:34, :38, :30].astype(np.uint8)
     write_scan(folder / "sub-2_dseg.nii.gz", truth, affine=AFFINE)
     return folder
 
@@ -142,7 +143,7 @@ def test_each_stage_is_what_calibrating_it_by_hand_gives(
         assert set(bundle.manifest.graphs) == {"fp32", "int8", "fp16"}
         assert untimed(bundle.manifest.gate) == untimed(expected[role].manifest.gate)
     assert {row.dice is None for row in found.mask.manifest.gate} == {True}
-    assert {row.dice is None for row in found.regions.manifest.gate} == {False}
+    assert min(row.dice or 0 for row in found.regions.manifest.gate) > 0
 
 
 def untimed(rows: tuple[GateRow, ...]) -> list[GateRow]:
@@ -282,12 +283,19 @@ def test_files_of_others_are_not_deleted(zipped: bool, data: Path, cli: CommandL
     assert snapshot(tmp_path) == before
 
 
-def test_the_built_in_model_is_not_replaced(data: Path, cli: CommandLine) -> None:
-    before = file_sha256(BUILT_IN)
-    ran = cli("calibrate", BUILT_IN.stem, "--data", data)
+def test_the_built_in_model_is_not_replaced(
+    data: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy stands in for it: a failure of this test must not cost the installation its model."""
+    copy = tmp_path / "edgemuse-t1.zip"
+    shutil.copy(BUILT_IN, copy)
+    for module_name in ("edgemuse.export.writer", "edgemuse.runtime.store"):
+        monkeypatch.setattr(f"{module_name}.BUILT_IN", copy)
+    monkeypatch.setattr(module, "_calibrated", lambda *_: pytest.fail("calibrated it"))
+    ran = cli("calibrate", "edgemuse-t1", "--data", data)
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert "comes with edgemuse and is not replaced; choose another output with --output" in ran.err
-    assert file_sha256(BUILT_IN) == before
+    assert file_sha256(copy) == file_sha256(BUILT_IN)
 
 
 def test_a_scan_without_a_brain_stops_it_before_anything_is_measured(data: Path, tmp_path: Path) -> None:
