@@ -1,8 +1,8 @@
 """A whole cascade of DLMUSE's size on a whole head: `python -m edgemuse.bench.cascade SHARED -o docs/cascade.md`.
 
 Both networks have DLMUSE's plans, DLICV being of the same family, and random weights, because upstream's may not be
-passed on. So that the mask is a brain all the same, the scan is darkened outside the brain that the built-in model
-finds, and one channel of the mask network hands the intensities on to its last layer. Times and memory are those of
+passed on. So that the mask is a brain all the same, all but the brain that the built-in model finds is darkened in
+the scan, and one channel of the mask network hands the intensities on to its last layer. Times and memory are those of
 the real networks; the labels mean nothing.
 
 nnU-Net's predictor takes the same two steps on the same arrays, mirroring off, in a process of its own.
@@ -49,21 +49,21 @@ from pathlib import Path
 from edgemuse.bench.cascade import nnunet_steps
 Path(sys.argv[4]).write_text(json.dumps(nnunet_steps(*map(Path, sys.argv[1:4]))))
 """
-DARKER = 10
 LEAST = 0.1
 """What the channel that is handed on must exceed inside the mask; outside it is below 0."""
 GOAL_SECONDS, GOAL_BYTES = 8.0, 2e9
+LINEAR = 4
+"""Added after a normalisation: what the next leaky ReLU gets is then above 0."""
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "postprocess", "crop", "paste", "quality", "write")
 
 
 def darkened(scan: Path, target: Path) -> Path:
-    """`scan` with everything outside the largest part that the built-in model labels a tenth as bright."""
+    """`scan` with the largest part that the built-in model labels at 950 to 1050, and all else at 0 to 30."""
     nifti: Any = nib.load(scan)
     data = np.asanyarray(nifti.dataobj).astype(np.float32)
     brain = largest_component(segment(scan, BUILT_IN).classes > 0)
-    floor = np.float32(np.percentile(data[brain], 2))
-    bright = np.maximum(data, floor)  # dark voxels of the brain stay above everything outside it
-    return scans.save(np.where(brain, bright, np.minimum(data, floor * 5) / DARKER), scan, target)
+    share = data / data.max()
+    return scans.save(np.where(brain, 950 + 100 * share, 30 * share), scan, target)
 
 
 def hand_on(folder: Path) -> None:
@@ -71,21 +71,18 @@ def hand_on(folder: Path) -> None:
     weights = dict(read_checkpoint(folder / "fold_0" / "checkpoint_final.pth", "0").weights)
     levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("decoder.seg_layers"))
     skipped = weights["encoder.stages.0.0.convs.0.conv.bias"].numel()
-    sources = {
-        "encoder.stages.0.0.convs.0": 0,
-        "encoder.stages.0.0.convs.1": 0,
-        f"decoder.stages.{levels - 1}.convs.0": skipped,  # what comes from below is first
-        f"decoder.stages.{levels - 1}.convs.1": 0,
-    }
+    finest = f"decoder.stages.{levels - 1}.convs."
+    final = max(name.removeprefix(finest).split(".")[0] for name in weights if name.startswith(finest))
     for name, weight in weights.items():
-        for block, source in sources.items():
-            if block not in name:  # the encoder is listed twice, the second time in the decoder
-                continue
-            weight[0] = 0
-            if weight.ndim == 5:
-                weight[0, source, 1, 1, 1] = 1
-            elif name.endswith(("norm.weight", "all_modules.1.weight")):
-                weight[0] = 1
+        if "encoder.stages.0.0." not in name and not name.startswith(finest):
+            continue
+        weight[0] = 0
+        if weight.ndim == 5:  # what comes from below precedes what is skipped
+            weight[0, skipped if name.startswith(f"{finest}0.") else 0, 1, 1, 1] = 1
+        elif name.endswith(("norm.weight", "all_modules.1.weight")):
+            weight[0] = 1
+        elif name.endswith(("norm.bias", "all_modules.1.bias")) and not name.startswith(finest + final):
+            weight[0] = LINEAR
     last = f"decoder.seg_layers.{levels - 1}"
     weights[f"{last}.weight"].zero_()[1, 0] = 1
     weights[f"{last}.bias"].copy_(torch.tensor([0, -LEAST]))

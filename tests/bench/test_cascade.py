@@ -17,7 +17,7 @@ def test_bright_voxels_are_the_mask(model_folder, tmp_path):
     rng = np.random.default_rng(2)
     inside = np.zeros((20, 18, 24), bool)
     inside[5:14, 4:13, 6:17] = True
-    image = np.where(inside, rng.uniform(800, 1200, inside.shape), rng.uniform(1, 60, inside.shape))
+    image = np.where(inside, rng.uniform(950, 1050, inside.shape), rng.uniform(1, 30, inside.shape))
     path = tmp_path / "scan.nii.gz"
     nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), path)
     folder = model_folder(classes=2, spacing=(1.0, 1.0, 1.0))
