@@ -86,6 +86,17 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file so that it appears whole, whoever else does the same; raises OutputError."""
+    temporary = _beside(path)
+    try:
+        with _reported(path):
+            _write(temporary, data)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _replace(temporaries: Mapping[Path, Path]) -> None:
     kept: dict[Path, Path] = {}
     placed: list[Path] = []
