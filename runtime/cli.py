@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from edgemuse.engines.errors import EdgemuseError
+from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
     from edgemuse.runtime.bundle import Bundle, Cascade
@@ -31,23 +32,34 @@ LAZY_COMMANDS = {
     "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
+MODEL_COMMANDS = {
+    "list": ("edgemuse.runtime.models", "list_models", "List the models that go by a name, and check them."),
+    "fetch": ("edgemuse.export.fetch", "fetch", "Get DLMUSE from the Hugging Face hub and export it here."),
+    "add": ("edgemuse.runtime.models", "add", "Put a bundle into the store, so that it goes by a name."),
+    "verify": ("edgemuse.runtime.models", "verify", "Check the SHA-256 of every file of every model."),
+}
+"""The same for those of `edgemuse models`."""
 LINEAR_ALGEBRA = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """Threads of numpy's matrix products: one, because edgemuse itself works on several rows at once."""
 FAILURE, BAD_INPUT = 1, 2
 
 
 class Commands(click.Group):
-    """The group of commands; those of other sub-packages are imported when they are called."""
+    """A group of commands; the `lazy` ones are imported when they are called."""
+
+    def __init__(self, lazy: Mapping[str, tuple[str, str, str]], **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.lazy = lazy
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of a first visit: use, then make, then inspect."""
-        return [*super().list_commands(ctx), *LAZY_COMMANDS]
+        return [*super().list_commands(ctx), *self.lazy]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """The command called `name`, imported if need be."""
-        if name not in LAZY_COMMANDS:
+        if name not in self.lazy:
             return super().get_command(ctx, name)
-        module, attribute, _ = LAZY_COMMANDS[name]
+        module, attribute, _ = self.lazy[name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
@@ -55,7 +67,7 @@ class Commands(click.Group):
         """The overview, without importing lazy commands."""
         rows = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl(rows + [(name, row[2]) for name, row in LAZY_COMMANDS.items()])
+            formatter.write_dl(rows + [(name, row[2]) for name, row in self.lazy.items()])
 
 
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int]:
@@ -72,8 +84,10 @@ ENGINE_OPTIONS = (
         "--model",
         type=click.Path(path_type=Path),
         metavar="BUNDLE",
-        help="A folder or a .zip that 'export' made.  [default: the built-in model]",
+        help="A folder or a .zip that 'export' made, or a name that 'models list' shows.  [default: the built-in "
+        "model]",
     ),
+    model_dir_option,
     click.option(
         "--profile",
         type=click.Choice(["reference", "balanced", "fast"]),
@@ -136,7 +150,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, lazy=LAZY_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgemuse")
 @click.option("--debug", is_flag=True, help="Show a traceback where something fails.")
 @click.pass_context
@@ -278,17 +292,19 @@ def bids(
 
 @cli.command()
 @click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
+@model_dir_option
 @click.option("--card", is_flag=True, help="Print the built-in model's card: data, accuracy, known weaknesses.")
-def info(model: Path | None, card: bool) -> None:
-    """Show what a bundle holds, and check every file in it. Without BUNDLE: the built-in model."""
-    from edgemuse.runtime.builtin import BUILT_IN, MODEL_CARD
+def info(model: Path | None, model_dir: Path | None, card: bool) -> None:
+    """Show what a bundle, or a model of 'models list', holds; check every file in it. Default: the built-in model."""
+    from edgemuse.runtime.builtin import MODEL_CARD
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.describe import describe_model
+    from edgemuse.runtime.store import find_model
 
     if card:
         click.echo(MODEL_CARD.read_text(encoding="utf-8"))
         return
-    opened = open_model(model or BUILT_IN)
+    opened = open_model(find_model(model, model_dir))
     opened.verify()
     click.echo(describe_model(opened))
 
@@ -312,6 +328,22 @@ def demo(output: Path, threads: int | None) -> None:
     click.echo(report, err=True)
     for path in paths:
         click.echo(path)
+
+
+@cli.group(cls=Commands, lazy=MODEL_COMMANDS, invoke_without_command=True)
+@click.pass_context
+def models(ctx: click.Context) -> None:
+    """Models that go by a name: list, fetch, add and verify them.
+
+    They lie in a store, a folder with one bundle each. 'segment --model NAME' finds them there.
+
+    \b
+      edgemuse models fetch dlmuse --accept-license    with a network and PyTorch
+      edgemuse models list                             what is there, from where, whether whole
+      edgemuse models add STICK/dlmuse.zip             without either: what was fetched elsewhere
+    """  # noqa: D301 click reads the backspace itself
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @cli.command()
@@ -402,6 +434,7 @@ def _segment_all(
     debug: bool,
     *,
     model: Path | None,
+    model_dir: Path | None,
     shard: tuple[int, int],
     max_ram: float | None,
     no_postprocess: bool,
@@ -413,14 +446,14 @@ def _segment_all(
     """Segment the jobs that `find` makes for the model; returns the exit code."""
     _show_log(verbose)
     _bind_threads(engine["threads"])
-    from edgemuse.runtime.builtin import BUILT_IN
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.jobs import shard as part
     from edgemuse.runtime.many import Batch, wanted
     from edgemuse.runtime.outputs import prepare_folder
     from edgemuse.runtime.stages import segmenter_of
+    from edgemuse.runtime.store import find_model
 
-    opened = open_model(model or BUILT_IN)
+    opened = open_model(find_model(model, model_dir))
     options = _options(max_ram, not no_postprocess, **engine)
     jobs = part(find(opened), *shard)
     prepare_folder(output)
