@@ -250,8 +250,8 @@ def report(rows: list[Row], good: int, damaged: int, what: str) -> str:
             *lines,
             "",
             "Right: the same bytes in every label map and table as from one process, the damaged files reported and "
-            "the exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of two processes the other "
-            f"does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by the processes that run together.",
+            "the exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of two processes the "
+            f"other does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by the processes that run together.",
             "",
         ]
     )
