@@ -251,7 +251,7 @@ def report(rows: list[Row], good: int, damaged: int, what: str) -> str:
             "",
             "Right: the same bytes in every label map and table as from one process, the damaged files reported and "
             "the exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of two processes the "
-            f"other does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by the processes that run together.",
+            f"other does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by processes that run together.",
             "",
         ]
     )

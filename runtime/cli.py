@@ -23,6 +23,7 @@ from edgemuse.runtime.models import model_dir_option
 if TYPE_CHECKING:
     from edgemuse.runtime.bundle import Bundle, Cascade
     from edgemuse.runtime.jobs import Job
+    from edgemuse.runtime.many import Counts
     from edgemuse.runtime.pipeline import Options
 
 LAZY_COMMANDS = {
@@ -137,6 +138,12 @@ ENGINE_OPTIONS = (
         callback=_shard,
         metavar="I/N",
         help="Do the I-th of N parts of the scans alone, for job arrays: every scan is in one part.",
+    ),
+    click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Let the workers of a Dask cluster do it: the address of its scheduler, such as tcp://host:8786. They "
+        "need the same paths as this machine. See docs/cluster.md.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="One line a stage, and the planned memory."),
 )
@@ -436,6 +443,7 @@ def _segment_all(
     model: Path | None,
     model_dir: Path | None,
     shard: tuple[int, int],
+    scheduler: str | None,
     max_ram: float | None,
     no_postprocess: bool,
     no_qc: bool,
@@ -447,6 +455,7 @@ def _segment_all(
     _show_log(verbose)
     _bind_threads(engine["threads"])
     from edgemuse.runtime.bundle import open_model
+    from edgemuse.runtime.extras import needs_extra
     from edgemuse.runtime.jobs import shard as part
     from edgemuse.runtime.many import Batch, wanted
     from edgemuse.runtime.outputs import prepare_folder
@@ -458,11 +467,17 @@ def _segment_all(
     jobs = part(find(opened), *shard)
     prepare_folder(output)
     screen = Screen(len(jobs), debug)
-    with segmenter_of(opened, options) as segmenter:
-        batch = Batch(segmenter, wanted(opened.sha256, options), screen, not no_qc, overwrite)
-        batch.run(jobs)
-    screen.summary(batch.segmented, batch.skipped, len(batch.codes))
-    return (FAILURE if FAILURE in batch.codes else BAD_INPUT) if batch.codes else 0
+    if scheduler:
+        with needs_extra("cluster", "--scheduler", "distributed"):
+            from edgemuse.runtime import cluster
+        task = cluster.Task(opened.path, opened.sha256, options, not no_qc, overwrite)
+        counts = cluster.run(scheduler, task, jobs, screen)
+    else:
+        with segmenter_of(opened, options) as segmenter:
+            batch = Batch(segmenter, wanted(opened.sha256, options), screen, not no_qc, overwrite)
+            counts = batch.run(jobs)
+    screen.summary(counts)
+    return (FAILURE if FAILURE in counts.codes else BAD_INPUT) if counts.codes else 0
 
 
 class Screen:
@@ -486,9 +501,20 @@ class Screen:
             start = time.perf_counter()
             yield progress
         self._begun += 1
-        if number and not sys.stderr.isatty():
-            seconds, left = time.perf_counter() - start, self._left()
-            self._say(f"{number}{job.scan}: {_duration(seconds)}{left and f', {left}'}")
+        if not sys.stderr.isatty():
+            self._line(job, time.perf_counter() - start)
+
+    def elsewhere(self, job: Job, seconds: float | None) -> None:
+        """A worker on some machine has done it in `seconds`; None: it could not."""
+        self._handled += 1
+        if seconds is not None:
+            self._begun += 1
+            self._line(job, seconds)
+
+    def _line(self, job: Job, seconds: float) -> None:
+        if self.total > 1:
+            left = self._left()
+            self._say(f"{self._handled}/{self.total} {job.scan}: {_duration(seconds)}{left and f', {left}'}")
 
     def _left(self) -> str:
         rest = self.total - self._handled
@@ -511,11 +537,11 @@ class Screen:
         """The paths of the results, on stdout."""
         click.echo("\n".join(map(str, paths)))
 
-    def summary(self, segmented: int, skipped: int, failed: int) -> None:
+    def summary(self, counts: Counts) -> None:
         """How many scans came to what."""
         if self.total > 1:
-            counts = [(segmented, "segmented"), (skipped, "done before"), (failed, "failed")]
-            said = ", ".join(f"{count} {what}" for count, what in counts if count)
+            rows = [(counts.segmented, "segmented"), (counts.skipped, "done before"), (len(counts.codes), "failed")]
+            said = ", ".join(f"{count} {what}" for count, what in rows if count)
             self._say(f"{self.total} scans: {said}; {_duration(time.perf_counter() - self._started)}")
 
     def _say(self, line: str) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,10 @@ class Screen(Protocol):
         """The network will run on this one."""
         ...
 
+    def elsewhere(self, job: Job, seconds: float | None) -> None:
+        """A worker has done it in `seconds`; None: it could not."""
+        ...
+
     def skipped(self, job: Job) -> None:
         """It is done already."""
         ...
@@ -103,20 +107,29 @@ class Writing:
     paths: Future[list[Path]]
 
 
+@dataclass
+class Counts:
+    """How many scans came to what; `codes`: an exit code for each that failed."""
+
+    segmented: int = 0
+    skipped: int = 0
+    codes: list[int] = field(default_factory=list)
+
+
 class Batch:
-    """Segments jobs, and counts those `segmented` and `skipped`; `codes` holds an exit code for each that failed."""
+    """Segments jobs, and counts them."""
 
     def __init__(
         self, segmenter: Pipeline, wanted: Wanted, screen: Screen, with_picture: bool = True, overwrite: bool = False
     ) -> None:
         self.segmenter, self.wanted, self.screen = segmenter, wanted, screen
         self.with_picture, self.overwrite = with_picture, overwrite
-        self.segmented, self.skipped, self.codes = 0, 0, list[int]()
+        self.counts = Counts()
         self._ahead: Future[Taken | None] | None = None
         self._writing: Writing | None = None
         self._claims: set[Claim] = set()
 
-    def run(self, jobs: Iterable[Job]) -> None:
+    def run(self, jobs: Iterable[Job]) -> Counts:
         """Segment every job that is not done; one that fails does not stop the others."""
         self._open, self._elsewhere = deque(jobs), deque[Job]()
         try:
@@ -128,6 +141,7 @@ class Batch:
         finally:
             for claim in list(self._claims):
                 self._release(claim)
+        return self.counts
 
     def _next(self) -> Taken | None:
         """The next scan to be done by this process; None: all are done."""
@@ -152,7 +166,7 @@ class Batch:
                     self._elsewhere.append(job)
                 elif is_done(job, None if self.overwrite else self.wanted):
                     self._release(claim)
-                    self.skipped += 1
+                    self.counts.skipped += 1
                     self.screen.skipped(job)
                 else:
                     discard_parts(job.outputs.values())
@@ -204,13 +218,13 @@ class Batch:
     def _written(self, writing: Writing) -> None:
         paths = writing.paths.result()
         self._release(writing.claim)
-        self.segmented += 1
+        self.counts.segmented += 1
         self.screen.written(paths)
 
     def _guarded(self, work: Callable[[], None], claim: Claim) -> None:
         code = self.screen.guard(work)
         if code:
-            self.codes.append(code)
+            self.counts.codes.append(code)
             self._release(claim)
 
     def _release(self, claim: Claim) -> None:
