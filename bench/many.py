@@ -2,8 +2,8 @@
 
 Makes a BIDS dataset of 26 scans out of the T1 scans in SHARED (several orientations and spacings; two files are
 damaged) and segments it with `edgemuse bids`: by one process, by two that share the folder of results, by one that is
-killed and started again, and by two of which one is killed. The label maps and tables must be the same each time, and
-the two damaged files reported.
+killed and started again, by two of which one is killed, and, where Dask is installed, by a cluster of two workers of
+which one is killed. The label maps and tables must be the same each time, and the two damaged files reported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -42,6 +43,7 @@ CHANGES: dict[str, Change] = {
 }
 LEAST = 24
 """Scans that can be segmented."""
+WORKERS = 2
 INTERVAL = 0.05
 """Seconds between two looks at a process."""
 
@@ -108,23 +110,30 @@ class Bench:
     profile: str
     work: Path
 
-    def run(self, out: Path, processes: int, kill_after: int | None = None) -> Ran:
-        """Segment the dataset into `out`; the first process is killed as soon as so many scans are done."""
-        with self._started(out, processes) as running:
+    def run(self, out: Path, processes: int, kill_after: int | None = None, cluster: Cluster | None = None) -> Ran:
+        """Segment the dataset into `out`.
+
+        As soon as `kill_after` scans are done, the first process is killed, or the first worker of `cluster`.
+        """
+        with self._started(out, processes, cluster.address if cluster else None) as running:
             begin, samples = time.perf_counter(), list[tuple[float, int]]()
+            workers = cluster.workers() if cluster else [psutil.Process(process.pid) for process in running]
             while any(process.poll() is None for process in running):
                 time.sleep(INTERVAL)
-                samples.append((time.perf_counter() - begin, max(map(_resident, running))))
+                samples.append((time.perf_counter() - begin, max(map(_resident, workers))))
                 if kill_after is not None and done(out) >= kill_after:
-                    running[0].kill()
+                    (workers[0] if cluster else running[0]).kill()
+                    kill_after = None
             seconds = time.perf_counter() - begin
         said = "".join(path.read_text() for path in sorted(self.work.glob("*.log")))
         return Ran(seconds, [process.returncode for process in running], said, thirds(samples, seconds))
 
     @contextmanager
-    def _started(self, out: Path, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    def _started(self, out: Path, count: int, scheduler: str | None) -> Iterator[list[subprocess.Popen[bytes]]]:
         command = [sys.executable, "-m", "edgemuse.runtime.cli", "bids", str(self.data), str(out), "participant"]
-        command += ["-m", str(self.model), "--profile", self.profile, "--threads", str(max(cpu_cores() // count, 1))]
+        command += ["-m", str(self.model), "--profile", self.profile, "--threads"]
+        command += [str(max(cpu_cores() // (WORKERS if scheduler else count), 1))]
+        command += ["--scheduler", scheduler] if scheduler else []
         environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(self.work / "cache")}
         for path in self.work.glob("*.log"):
             path.unlink()
@@ -141,9 +150,59 @@ class Bench:
                 process.wait()
 
 
-def _resident(process: subprocess.Popen[bytes]) -> int:
+@dataclass(frozen=True)
+class Cluster:
+    """A Dask scheduler's address, and the processes that watch over its workers."""
+
+    address: str
+    nannies: list[subprocess.Popen[bytes]]
+
+    def workers(self) -> list[psutil.Process]:
+        """The process of each worker: of a nanny's children, the largest."""
+        children = [psutil.Process(nanny.pid).children(recursive=True) for nanny in self.nannies]
+        return [max(found, key=_resident) for found in children]
+
+
+@contextmanager
+def dask_cluster(folder: Path, preload: str = "") -> Iterator[Cluster]:
+    """A scheduler and `WORKERS` workers, each a process, with their files in `folder`.
+
+    `preload`: code that the workers run first.
+    """
+    place = Path(tempfile.mkdtemp(dir=folder))
+    (place / "preload.py").write_text(preload)
+    found = place / "scheduler.json"
+    common = ["--scheduler-file", str(found), "--no-dashboard", "--host", "127.0.0.1"]
+    worker = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(place)]
+    commands = [["dask_scheduler", "--port", "0", *common]]
+    commands += [["dask_worker", *common, *worker, "--preload", str(place / "preload.py")]] * WORKERS
+    environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(folder / "cache")}
+    running = list[subprocess.Popen[bytes]]()
     try:
-        return int(psutil.Process(process.pid).memory_info().rss)
+        for name, *options in commands:
+            with (place / "dask.txt").open("ab") as log:
+                command = [sys.executable, "-m", f"distributed.cli.{name}", *options]
+                running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        _wait_for(lambda: (place / "dask.txt").read_text().count("Registered to:") >= WORKERS, "Dask's workers")
+        yield Cluster(json.loads(found.read_text())["address"], running[1:])
+    finally:
+        for process in reversed(running):  # a nanny ends its worker
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def _wait_for(ready: Callable[[], bool], what: str) -> None:
+    for _ in range(1200):
+        if ready():
+            return
+        time.sleep(INTERVAL)
+    raise click.ClickException(f"{what} did not start within a minute")
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
     except psutil.Error:
         return 0
 
@@ -210,6 +269,14 @@ def measure(bench: Bench, good: int, damaged: list[Path]) -> Iterator[Row]:
     yield Row(
         "two processes, one killed", ran, good, tuple(judge(ran, outs["survivor"], [-9, 2], good, damaged, expected))
     )
+    if find_spec("distributed"):
+        out, lost = bench.work / "dask", bench.work / "dask-killed"
+        with dask_cluster(bench.work) as cluster:
+            ran = bench.run(out, 1, cluster=cluster)
+        yield Row("Dask, two workers", ran, good, tuple(judge(ran, out, [2], good, damaged, expected)))
+        with dask_cluster(bench.work) as cluster:
+            ran = bench.run(lost, 1, kill_after=good // 3, cluster=cluster)
+        yield Row("Dask, one of two workers killed", ran, good, tuple(judge(ran, lost, [2], good, damaged, expected)))
 
 
 @click.command()

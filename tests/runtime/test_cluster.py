@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bundles import CommandLine, Ran, head_image, run_process, tiny_bundle, write_scan
+
+from edgemuse.bench.many import dask_cluster
 
 SCANS = 6
 DIES_ONCE = """
@@ -48,39 +44,6 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@contextmanager
-def cluster(folder: Path, preload: str = "") -> Iterator[str]:
-    """A scheduler and two workers, each a process; yields the scheduler's address."""
-    (folder / "preload.py").write_text(preload)
-    found = folder / "scheduler.json"
-    module = [sys.executable, "-m", "distributed.cli"]
-    common = ["--scheduler-file", str(found), "--no-dashboard"]
-    commands = [[f"{module[2]}.dask_scheduler", "--port", "0", "--host", "127.0.0.1", *common]]
-    worker = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(folder), "--host", "127.0.0.1"]
-    commands += [[f"{module[2]}.dask_worker", *worker, "--preload", str(folder / "preload.py"), *common]] * 2
-    environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(folder / "cache")}
-    with (folder / "cluster.log").open("wb") as log:
-        running = [
-            subprocess.Popen([*module[:2], *command], stdout=log, stderr=log, env=environment, start_new_session=True)
-            for command in commands
-        ]
-        try:
-            yield address(found)
-        finally:
-            for process in reversed(running):  # a nanny ends its worker
-                process.terminate()
-            for process in running:
-                process.wait(60)
-
-
-def address(found: Path) -> str:
-    for _ in range(600):
-        if found.exists() and found.stat().st_size:
-            return str(json.loads(found.read_text())["address"])
-        time.sleep(0.1)
-    raise AssertionError(f"no scheduler: {(found.parent / 'cluster.log').read_text()}")
-
-
 def segment(data: Path, model: Path, out: Path, scheduler: str) -> Ran:
     return run_process("segment", data, "-m", model, "-o", out, "--scheduler", scheduler, cache_dir=out / "cache")
 
@@ -95,9 +58,9 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
 ) -> None:
     assert cli("segment", data, "-m", model, "-o", tmp_path / "alone").code == 2
     out, died = tmp_path / "out", tmp_path / "died"
-    with cluster(tmp_path, DIES_ONCE.format(died=str(died))) as scheduler:
-        ran = segment(data, model, out, scheduler)
-        again = segment(data, model, out, scheduler)
+    with dask_cluster(tmp_path, DIES_ONCE.format(died=str(died))) as cluster:
+        ran = segment(data, model, out, cluster.address)
+        again = segment(data, model, out, cluster.address)
     assert died.exists()
     assert ran.code == 2, ran.err
     assert ran.err.count("sub-5_T1w.nii.gz: the file is empty") == 1
