@@ -32,6 +32,8 @@ class Claim:
     def __init__(self, place: Path) -> None:
         mark = hashlib.sha256(place.name.encode()).hexdigest()[:16]  # the name itself could be too long
         self.path = place.with_name(f".{mark}.lock")
+        self.exclusive = False
+        """Whether it is held, and the file system has locks: then no other process works on the scan."""
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:
@@ -40,6 +42,7 @@ class Claim:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 _lock(descriptor)
+                self.exclusive = True
             except (BlockingIOError, PermissionError):
                 os.close(descriptor)
                 return False
@@ -54,7 +57,7 @@ class Claim:
         """Let others have it; a second time does nothing."""
         if self._descriptor is None:
             return
-        descriptor, self._descriptor = self._descriptor, None
+        descriptor, self._descriptor, self.exclusive = self._descriptor, None, False
         with contextlib.suppress(OSError):
             if sys.platform == "win32":  # what is open cannot be removed there
                 os.close(descriptor)

@@ -169,7 +169,8 @@ class Batch:
                     self.counts.skipped += 1
                     self.screen.skipped(job)
                 else:
-                    discard_parts(job.outputs.values())
+                    if claim.exclusive:
+                        discard_parts(job.outputs.values())
                     return Taken(job, claim, self.segmenter.prepare(job.scan) if plan.ahead <= room else None)
             except Exception as error:  # raised again where it is reported
                 return Taken(job, claim, error=error)

@@ -105,7 +105,8 @@ def _replace(temporaries: Mapping[Path, Path]) -> None:
             with _reported(path):
                 if path.exists():
                     kept[path] = _beside(path)
-                    os.replace(path, kept[path])
+                    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                        os.replace(path, kept[path])
                 os.replace(temporary, path)
                 placed.append(path)
     except OutputError:

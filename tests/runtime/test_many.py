@@ -226,7 +226,7 @@ def together(*arguments):
     here.with_suffix({name!r}).touch()
     while len(list(here.parent.glob(here.name + ".*"))) < 2:
         time.sleep(0.01)
-    run(*arguments)
+    return run(*arguments)
 many.Batch.run = together
 """
 
@@ -250,6 +250,33 @@ def test_two_processes_share_the_work(
     assert not list(out.glob(".*"))
 
 
+WITHOUT_LOCKS = """
+from edgemuse.runtime import claim
+def unsupported(descriptor):
+    raise OSError(38, "Function not implemented")
+claim._lock = unsupported
+"""
+
+
+def test_without_locks_two_processes_do_no_harm(
+    data: Path, model: Path, cli: CommandLine, cache_dir: Path, tmp_path: Path
+) -> None:
+    assert cli("segment", data, "-m", model, "-o", tmp_path / "alone").code == 0
+    out = tmp_path / "shared"
+
+    def process(name: str) -> Ran:
+        prelude = TOGETHER.format(here=str(tmp_path / "here"), name=name) + WITHOUT_LOCKS
+        return run_process("segment", data, "-m", model, "-o", out, cache_dir=cache_dir, prelude=prelude)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(process, (".a", ".b")))
+    assert [ran.code for ran in both] == [0, 0], [ran.err for ran in both]
+    assert labels(out) == labels(tmp_path / "alone")
+    assert not list(out.glob(".*"))
+    ran = cli("segment", data, "-m", model, "-o", out)
+    assert (ran.code, len(lines(ran, "done already"))) == (0, SCANS)
+
+
 SURVIVES = """
 import pathlib, time
 from edgemuse.runtime import many
@@ -257,7 +284,7 @@ run, sleep, here = many.Batch.run, time.sleep, pathlib.Path({here!r})
 def after_the_other(*arguments):
     while not (here / "claimed").exists():
         sleep(0.01)
-    run(*arguments)
+    return run(*arguments)
 def waiting(seconds):
     (here / "waiting").touch()
     sleep(0.05)
