@@ -16,7 +16,7 @@ from typing import Any
 
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime import outputs
-from edgemuse.runtime.jobs import Job, check_distinct
+from edgemuse.runtime.jobs import Job, distinct
 from edgemuse.runtime.labels import table
 from edgemuse.runtime.scan import SUFFIXES, scan_stem
 
@@ -54,9 +54,7 @@ def find_jobs(
     scans = [path for folder in folders for path in sorted(folder.iterdir()) if _is_t1(path.name)]
     if not scans:
         raise InputError(f"{dataset}: no T1w image (sub-*/[ses-*/]anat/*{T1}.nii[.gz]) of those asked for")
-    jobs = [_job(scan, dataset, output, segmentation_label(model)) for scan in scans]
-    check_distinct(jobs)
-    return jobs
+    return distinct(_job(scan, dataset, output, segmentation_label(model)) for scan in scans)
 
 
 def _subjects(root: Path, labels: Sequence[str]) -> list[Path]:

@@ -36,8 +36,7 @@ def find_jobs(inputs: Iterable[Path], output: Path) -> list[Job]:
     jobs = list[Job]()
     for path in inputs:
         jobs += _in_folder(path, output) if os.path.isdir(path) else [_job(path, output)]
-    check_distinct(jobs)
-    return jobs
+    return distinct(jobs)
 
 
 def _job(scan: Path, output: Path) -> Job:
@@ -65,15 +64,16 @@ def may_be_t1(name: str) -> bool:
     return scan_stem(Path(name)).lower().rpartition("_")[2] not in OTHER_IMAGES
 
 
-def check_distinct(jobs: Iterable[Job]) -> None:
-    """Raise InputError if two jobs would write the same files."""
-    by_place: dict[Path, Path] = {}
+def distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Each job once; raises InputError if two scans would give the same files."""
+    by_place = dict[Path, Job]()
     for job in jobs:
         place = job.outputs["dseg.nii.gz"]
-        other = by_place.setdefault(place, job.scan)
-        if other is not job.scan:
+        other = by_place.setdefault(place, job)
+        if other.scan != job.scan:
             stem = place.name.removesuffix("dseg.nii.gz")
-            raise InputError(f"{other} and {job.scan} would both give {stem}*; segment them into two folders")
+            raise InputError(f"{other.scan} and {job.scan} would both give {stem}*; segment them into two folders")
+    return list(by_place.values())
 
 
 def read_list(lines: Iterable[str]) -> list[Path]:

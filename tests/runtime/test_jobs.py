@@ -59,10 +59,16 @@ def test_folder_without_scans(tmp_path: Path) -> None:
         find_jobs([tmp_path], tmp_path / "out")
 
 
-@pytest.mark.parametrize("other", ["a.nii", "a.nii.gz", "x/a.nii", "a_T1w.nii"])
+@pytest.mark.parametrize("other", ["a.nii.gz", "x/a.nii", "a_T1w.nii"])
 def test_two_scans_of_one_name(other: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="would both give a_"):
         find_jobs([Path("a.nii"), Path(other)], tmp_path)
+
+
+def test_a_scan_that_is_named_twice_is_done_once(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii")
+    jobs = find_jobs([tmp_path, tmp_path / "a.nii", tmp_path / "a.nii"], tmp_path / "out")
+    assert [job.scan for job in jobs] == [tmp_path / "a.nii"]
 
 
 def test_list() -> None:
