@@ -96,7 +96,7 @@ class Segmentation:
     provenance: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
     """A scan that waits for the network.
 
@@ -104,15 +104,21 @@ class Loaded:
         scan: where it comes from.
         memory: what it takes at most.
         shown: (i, j, k) its intensities as grey values.
-        prepared: the network's input.
+        prepared: the network's input, until it is taken.
         watch: the seconds so far.
     """
 
     scan: Scan
     memory: MemoryPlan
     shown: NDArray[np.uint8]
-    prepared: Prepared
+    prepared: Prepared | None
     watch: Stopwatch
+
+    def take(self) -> Prepared:
+        """The network's input, once: its memory is given back as soon as the network has run."""
+        prepared, self.prepared = self.prepared, None
+        assert prepared is not None
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ class Segmenter:
     def finish(self, loaded: Loaded, progress: Progress, planned: Planned = lambda total, last: None) -> Segmentation:
         """The network and everything after it; `planned` hears of the memory before the network runs."""
         scan, shown, watch = loaded.scan, loaded.shown, loaded.watch
-        run = self.run(scan, loaded.prepared, watch, progress, planned)
+        run = self.run(scan, loaded.take(), watch, progress, planned)
         with watch.stage("quality"):
             subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
             flags = flagged(scan, subject)

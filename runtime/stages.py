@@ -78,7 +78,7 @@ class Crop:
     image: Image
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedTurned(Loaded):
     """A scan that waits for the first network, `prepared` for it; `turned`: as the second will need it."""
 
@@ -173,7 +173,7 @@ class CascadeSegmenter:
 
     def _find_mask(self, loaded: LoadedTurned, progress: Progress, planned: Planned) -> tuple[Run, Mask]:
         scan, watch, held = loaded.scan, loaded.watch.within(IN_MASK), self._held(loaded.scan)
-        run = self.mask.run(scan, loaded.prepared, watch, lambda done, total: progress(done, 2 * total), planned, held)
+        run = self.mask.run(scan, loaded.take(), watch, lambda done, total: progress(done, 2 * total), planned, held)
         outside = np.array([label.index == 0 for label in self.mask.bundle.labels])
         mask: Mask = ~outside[run.classes]
         if self.cascade.manifest.keep_largest:
