@@ -25,24 +25,33 @@ def parity_models(shared: Path, work: Path) -> dict[str, Path]:
     }
 
 
-def random_dlmuse(shared: Path, folder: Path) -> Path:
+def random_dlmuse(shared: Path, folder: Path, mirror_axes: tuple[int, ...] | None = None) -> Path:
     """DLMUSE's own plans and 152 classes with random weights: upstream's may not be passed on."""
     facts = shared / "data" / "dlmuse"
-    return random_model(facts / "plans.json", facts / "dataset.json", 152, folder)
+    return random_model(facts / "plans.json", facts / "dataset.json", 152, folder, mirror_axes=mirror_axes)
 
 
-def random_model(plans: Path, dataset: Path, classes: int, folder: Path, seed: int = 0) -> Path:
+def random_model(
+    plans: Path,
+    dataset: Path,
+    classes: int,
+    folder: Path,
+    seed: int = 0,
+    mirror_axes: tuple[int, ...] | None = None,
+) -> Path:
     """A folder with one fold of random weights for the 3d_fullres network of `plans`."""
     folder.mkdir(parents=True)
     shutil.copy(plans, folder / "plans.json")
     content = json.loads(dataset.read_text())
     content["labels"] = {"background": 0} | {f"class_{n}": n for n in range(1, classes)}
     (folder / "dataset.json").write_text(json.dumps(content))
-    _save_random(json.loads(plans.read_text()), classes, folder, seed)
+    _save_random(json.loads(plans.read_text()), classes, folder, seed, mirror_axes)
     return folder
 
 
-def _save_random(plans: dict[str, Any], classes: int, folder: Path, seed: int) -> None:
+def _save_random(
+    plans: dict[str, Any], classes: int, folder: Path, seed: int, mirror_axes: tuple[int, ...] | None = None
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nnunetv2 warns about old plans
         configuration = PlansManager(plans).get_configuration("3d_fullres")
@@ -55,7 +64,7 @@ def _save_random(plans: dict[str, Any], classes: int, folder: Path, seed: int) -
         classes,
         deep_supervision=False,
     )
-    _save(network.state_dict(), None, folder / "fold_0")
+    _save(network.state_dict(), mirror_axes, folder / "fold_0")
 
 
 def _save(weights: dict[str, torch.Tensor], mirror_axes: tuple[int, ...] | None, fold: Path) -> None:

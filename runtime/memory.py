@@ -18,8 +18,8 @@ BASE = 260 << 20
 """Python, the libraries and a backend without a network, measured with OpenVINO."""
 WEIGHT_COPIES = 4
 """While a graph is compiled: as read, as parsed, in the backend's own layout, and on its way into the cache."""
-SPLINE_BYTES = 32
-"""Per voxel while resampling with splines: the padded copy and its coefficients, the source and the result, float64."""
+SPLINE_BYTES = 16
+"""Per voxel while resampling with splines: before and after an axis, float64."""
 SHARE = 0.9
 """Of the memory that is free, unless `--max-ram` says otherwise: the rest is for everybody else."""
 
