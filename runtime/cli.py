@@ -28,6 +28,7 @@ LAZY_COMMANDS = {
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
     "cascade": ("edgemuse.export.cascade", "cascade", "Join a brain mask bundle and a region bundle into one."),
     "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
+    "tune": ("edgemuse.calibration.tune", "tune", "Find a bundle's fastest engine on this machine."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
 LINEAR_ALGEBRA = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -93,7 +94,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
     default="auto",
     show_default=True,
-    help="auto: the first that works, see 'devices'.",
+    help="auto: what 'tune' found to be fastest here, or the first that works, see 'devices'.",
 )
 @click.option(
     "--precision",
