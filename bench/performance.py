@@ -27,7 +27,7 @@ import click
 import numpy as np
 import platformdirs
 
-from edgemuse.bench import cases, scans
+from edgemuse.bench import cases, changes, scans
 from edgemuse.bench.cases import Case
 from edgemuse.bench.performance_report import BY_HAND, report
 from edgemuse.bench.process import measure
@@ -288,8 +288,8 @@ def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: 
         bench = Bench(case, bundle, every, folder / name, rows, progress)
         bench.run_all()
         found[case.name] = summarise(bench)
-    progress("measuring the peak of the processor")
-    text = report(found, peaks(), rows.context)
+    progress("measuring the peak of the processor and single steps")
+    text = report(found, peaks(), changes.measured(shared), rows.context)
     kept = output.read_text(encoding="utf-8").partition(BY_HAND)[2] if output.exists() else "\n"
     output.write_text(text + BY_HAND + kept, encoding="utf-8")
     click.echo(output)

@@ -23,6 +23,9 @@ STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write"
 REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the
 network, merging tiles and the head.
 """
+CHANGES = """Each step in turn with the simple form that it replaced, same result, on real scans
+(`python -m edgemuse.bench.changes ../shared`).
+"""
 ROOFLINE = """\
 Peak: the most that chained products of matrices of 1536 x 1536 reach on all cores, compiled by OpenVINO. Operations:
 multiplications and additions of the convolutions as the ONNX graph has them; edgemuse's rewrites save some of them,
@@ -30,13 +33,14 @@ so a share of the peak may be flattering. *Infer* is the stage, *run* the whole 
 """
 
 
-def report(found: Mapping[str, Sequence[Row]], peaks: Mapping[str, float], context: Row) -> str:
+def report(found: Mapping[str, Sequence[Row]], peaks: Mapping[str, float], changes: str, context: Row) -> str:
     """The page, up to what is written by hand."""
     parts = [INTRODUCTION, _machine(context)]
     for case, rows in found.items():
         parts += [f"\n## {case[0].upper() + case[1:]}\n", _overview(rows)]
     parts += ["\n## Where the time goes, seconds\n", REST]
     parts += [f"{case}:\n\n{_stages(rows)}" for case, rows in found.items()]
+    parts += ["\n## What changes brought\n", CHANGES, changes]
     parts += ["\n## Against the peak of the processor\n", ROOFLINE, _roofline(found, peaks)]
     return "\n".join(parts) + "\n"
 
