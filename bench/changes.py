@@ -88,7 +88,8 @@ def _classes(indices: NDArray[np.int64], labels: Sequence[Label]) -> Labels:
 def _zoomed(image: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:
     factors = [new / old for new, old in zip(shape, image.shape, strict=True)]
     zoomed = ndimage.zoom(image.astype(np.float64), factors, order=3, mode="nearest", grid_mode=True)
-    return np.clip(zoomed, image.min(), image.max()).astype(np.float32)
+    clipped: NDArray[np.float32] = np.clip(zoomed, image.min(), image.max()).astype(np.float32)
+    return clipped
 
 
 def _apart(classes: Labels, labels: Sequence[Label], mm3: float) -> dict[int, float]:

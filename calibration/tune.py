@@ -14,6 +14,7 @@ import click
 from edgemuse.calibration.evaluate import Setting, quiet, settings
 from edgemuse.calibration.scans import find_scans
 from edgemuse.engines.errors import BackendError, InputError
+from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Bundle, open_bundle
 from edgemuse.runtime.describe import tuned_lines
 from edgemuse.runtime.outputs import write_files
@@ -29,16 +30,16 @@ ROUNDS = 3
 
 
 @click.command(short_help="Find a bundle's fastest engine on this machine.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), metavar="DIR",
     help="Folder of T1 scans (.nii.gz), like those that the bundle will be used on: the first by name is segmented.",
 )  # fmt: skip
-def tune(bundle: Path, data: Path) -> None:
-    """Measure on this machine every backend, precision and profile that passed the bundle's accuracy gate.
+def tune(bundle: Path | None, data: Path) -> None:
+    """Measure here every backend, precision and profile that passed a bundle's accuracy gate.
 
-    The first scan of DIR is segmented four times in each way, in turn; the first round compiles and is not counted.
-    Medians are kept beside the compiled engines, for this bundle and this machine. From then on 'segment' takes the
+    Without BUNDLE: the built-in model. The first scan of DIR is segmented four times in each way, in turn; the first
+    round compiles and is not counted. fp32 needs no gate. Medians are kept beside the compiled engines, for this bundle and this machine. From then on 'segment' takes the
     fastest where it may choose: where --backend, --device or --precision is auto. 'edgemuse info' shows the figures;
     measure again after an update of edgemuse or a change of the machine, when nothing else runs.
 
@@ -47,7 +48,7 @@ def tune(bundle: Path, data: Path) -> None:
       edgemuse tune dlmuse.bundle --data scans
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile fast
     """  # noqa: D301  # \b keeps click from wrapping the example
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle or BUILT_IN)
     scans = find_scans(data)
     if not scans:
         raise InputError(f"{data}: no scans there; put a T1 (.nii.gz) into it that is like those to be segmented")
