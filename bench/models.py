@@ -64,10 +64,11 @@ def _save_random(
         classes,
         deep_supervision=False,
     )
-    _save(network.state_dict(), mirror_axes, folder / "fold_0")
+    save_fold(network.state_dict(), mirror_axes, folder / "fold_0")
 
 
-def _save(weights: dict[str, torch.Tensor], mirror_axes: tuple[int, ...] | None, fold: Path) -> None:
+def save_fold(weights: dict[str, torch.Tensor], mirror_axes: tuple[int, ...] | None, fold: Path) -> None:
+    """Write the checkpoint of one fold as nnU-Net's training leaves it."""
     fold.mkdir(parents=True, exist_ok=True)
     content = {
         "network_weights": weights,
@@ -92,7 +93,7 @@ def _copy_plans(source: Path, target: Path) -> None:
 
 def _mirrored(trained: Path, target: Path) -> Path:
     _copy_plans(trained, target)
-    _save(_weights(trained), (0, 1, 2), target / "fold_0")
+    save_fold(_weights(trained), (0, 1, 2), target / "fold_0")
     return target
 
 
@@ -102,8 +103,8 @@ def _ensemble(trained: Path, target: Path) -> Path:
     weights = _weights(trained)
     torch.manual_seed(1)
     noisy = {k: v + 0.05 * v.std(correction=0) * torch.randn_like(v) for k, v in weights.items()}
-    _save(weights, None, target / "fold_0")
-    _save(noisy, None, target / "fold_1")
+    save_fold(weights, None, target / "fold_0")
+    save_fold(noisy, None, target / "fold_1")
     return target
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgemuse.runtime.extras import load_extra
+from edgemuse.runtime.extras import needs_extra
 
 
 @click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")
@@ -41,5 +41,6 @@ def calibrate(bundle: Path, data: Path, output: Path | None) -> None:
       edgemuse calibrate dlmuse.bundle --data scans
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile balanced
     """  # noqa: D301  # \b keeps click from wrapping the example
-    module = load_extra("edgemuse.calibration.calibrate", "calibrating", "NNCF", "calibrate")
+    with needs_extra("calibrate", "calibrating", "NNCF"):
+        from edgemuse.calibration import calibrate as module
     click.echo(module.calibrate(bundle, data, output or bundle, partial(click.echo, err=True)))

@@ -14,12 +14,12 @@ import click
 from edgemuse.calibration.evaluate import Setting, quiet, settings
 from edgemuse.calibration.scans import find_scans
 from edgemuse.engines.errors import BackendError, InputError
-from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Bundle, open_bundle
 from edgemuse.runtime.describe import tuned_lines
 from edgemuse.runtime.outputs import write_files
 from edgemuse.runtime.pipeline import Options, Segmenter, default_cache_dir
 from edgemuse.runtime.precision import may_choose
+from edgemuse.runtime.store import find_model
 from edgemuse.runtime.tuned import Timing, Tuned, tuned_path
 
 Measure = Callable[[Bundle, Options, Path], float]
@@ -38,17 +38,18 @@ ROUNDS = 3
 def tune(bundle: Path | None, data: Path) -> None:
     """Measure here every backend, precision and profile that passed a bundle's accuracy gate.
 
-    Without BUNDLE: the built-in model. The first scan of DIR is segmented four times in each way, in turn; the first
-    round compiles and is not counted. fp32 needs no gate. Medians are kept beside the compiled engines, for this bundle and this machine. From then on 'segment' takes the
-    fastest where it may choose: where --backend, --device or --precision is auto. 'edgemuse info' shows the figures;
-    measure again after an update of edgemuse or a change of the machine, when nothing else runs.
+    Without BUNDLE: the built-in model. The first scan of DIR is segmented four times in each way, in turn; the
+    first round compiles and is not counted. fp32 needs no gate. Medians are kept beside the compiled engines, for
+    this bundle and this machine. From then on 'segment' takes the fastest where it may choose: where --backend,
+    --device or --precision is auto. 'edgemuse info' shows the figures; measure again after an update of edgemuse or
+    a change of the machine, when nothing else runs.
 
     \b
     Example:
       edgemuse tune dlmuse.bundle --data scans
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile fast
     """  # noqa: D301  # \b keeps click from wrapping the example
-    opened = open_bundle(bundle or BUILT_IN)
+    opened = open_bundle(find_model(bundle))
     scans = find_scans(data)
     if not scans:
         raise InputError(f"{data}: no scans there; put a T1 (.nii.gz) into it that is like those to be segmented")

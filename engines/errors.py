@@ -3,7 +3,7 @@
 EdgemuseError                   exit code 1
 ├── InputError                  2   the scan cannot be segmented as it is
 ├── BundleError                 2   the bundle is damaged, foreign or from a newer version
-├── ModelFolderError            2   the nnU-Net model folder cannot be exported
+├── ModelFolderError            2   the nnU-Net model folder cannot be fetched or exported
 ├── BackendError                2   the backend, device or precision asked for is not usable here
 ├── MemoryLimitError            2   the work would not fit in the memory allowed
 ├── OutputError                 2   a result cannot be written
@@ -32,7 +32,7 @@ class BundleError(EdgemuseError):
 
 
 class ModelFolderError(EdgemuseError):
-    """The nnU-Net model folder cannot be exported."""
+    """The nnU-Net model folder cannot be fetched or exported."""
 
     exit_code = 2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgemuse.runtime.extras import load_extra
+from edgemuse.runtime.extras import needs_extra
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -76,7 +76,8 @@ def export(
       edgemuse export DLMUSE/nnUNetTrainer__nnUNetPlans__3d_fullres -o dlmuse.bundle --orientation LPS
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle
     """  # noqa: D301  # \b keeps click from wrapping the example
-    exporter = load_extra("edgemuse.export.exporter", "exporting", "PyTorch", "export")
+    with needs_extra("export", "exporting", "PyTorch"):
+        from edgemuse.export import exporter
     options = exporter.ExportOptions(
         folds=folds or None,
         checkpoint=checkpoint,

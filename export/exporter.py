@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,22 +41,24 @@ class ExportOptions:
         checkpoint: file name inside the fold's folder.
         configuration: of plans.json; None: the one that the checkpoint was trained with.
         orientation: axis codes that scans are brought to, such as `LPS`; None: what nnU-Net itself does.
-        labels: table with the columns class, index, name, color; None: the names in dataset.json.
+        labels: of the classes, or a table with the columns class, index, name, color; None: the names in dataset.json.
         name: of the bundle; None: the data set's.
         license: of the weights, an SPDX expression or a sentence.
         scans: verified on these besides a synthetic patch; empty: on synthetic patches only.
         progress: called with a line of text at every step.
+        origin: what else to record about where the folder came from.
     """
 
     folds: tuple[str, ...] | None = None
     checkpoint: str = "checkpoint_final.pth"
     configuration: str | None = None
     orientation: str | None = None
-    labels: Path | None = None
+    labels: Path | tuple[Label, ...] | None = None
     name: str | None = None
     license: str | None = None
     scans: tuple[Path, ...] = ()
     progress: Callable[[str], None] = _quiet
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,13 @@ def _check_alike(networks: Sequence[nn.Module]) -> None:
 
 def _labels(dataset: Dataset, networks: Sequence[nn.Module], options: ExportOptions) -> tuple[Label, ...]:
     classes = head_layer(networks[0]).out_channels
-    if options.labels is not None:
+    if options.labels is None:
+        return class_labels(dataset, classes)
+    if isinstance(options.labels, Path):
         return read_label_table(options.labels, classes)
-    return class_labels(dataset, classes)
+    if len(options.labels) != classes:
+        raise ModelFolderError(f"the network has {classes} classes where {len(options.labels)} were expected")
+    return options.labels
 
 
 def _network(model: Model, head: Head | None, live_bytes: int, options: ExportOptions) -> Network:
@@ -179,7 +185,7 @@ def _manifest(
         labels=model.labels,
         graphs={"fp32": GRAPH},
         files={name: file_entry(data) for name, data in files.items()},
-        source=_source(model),
+        source=_source(model) | dict(options.origin),
         verification=verification,
     )
 

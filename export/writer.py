@@ -7,18 +7,15 @@ import io
 import os
 import secrets
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, CascadeManifest, Head, Manifest, open_model
+from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, CascadeManifest, Head, Manifest, open_model, write_zip
 
 HEAD = "head.npz"
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-"""The earliest that the format knows: equal bundles shall be equal byte by byte."""
 
 
 def check_output(output: Path) -> None:
@@ -60,8 +57,7 @@ def write_cascade(output: Path, manifest: CascadeManifest, mask: Bundle, regions
     """Write a cascade of two bundles, a zip file or a directory as above; `manifest` names their SHA-256."""
     files = {CASCADE: manifest.to_json().encode()}
     for role, bundle in (("mask", mask), ("regions", regions)):
-        files[f"{role}/{MANIFEST}"] = bundle.manifest_bytes
-        files |= {f"{role}/{name}": bundle.read(name) for name in bundle.manifest.files}
+        files |= {f"{role}/{name}": data for name, data in bundle.contents()}
     return _write_whole(output, files)
 
 
@@ -124,11 +120,4 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def _write_zip(path: Path, files: Mapping[str, bytes]) -> Path:
-    """Stored, not deflated: weights are noise, and compressing them costs seconds and saves little."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            entry = zipfile.ZipInfo(name, ZIP_TIME)
-            entry.create_system = 3  # Unix, wherever it is written
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, data)
-    return path
+    return write_zip(path, files.items())

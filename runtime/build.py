@@ -61,13 +61,13 @@ def build(
       EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz -m dlmuse.bundle -o out
     """  # noqa: D301  # \b keeps click from wrapping the example
     from edgemuse.engines.protocol import EngineOptions
-    from edgemuse.runtime.builtin import BUILT_IN
     from edgemuse.runtime.bundle import open_bundle
     from edgemuse.runtime.pipeline import default_cache_dir
+    from edgemuse.runtime.store import find_model
 
     if capabilities and backend not in ("auto", "tensorrt"):
         raise click.UsageError(f"{backend} does not build for GPUs; --compute-capability is for tensorrt.")
-    bundle = open_bundle(model or BUILT_IN)
+    bundle = open_bundle(find_model(model))
     folder = output or default_cache_dir()
     options = EngineOptions("tensorrt" if capabilities else backend)
     jobs = [

@@ -16,7 +16,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -40,6 +40,8 @@ EXTERNAL_DATA = b"location"
 """ONNX names a file outside the graph under this key. Eight such bytes do not turn up in weights by chance."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Others cannot be decompressed piece by piece, so a small file could fill the memory."""
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+"""The earliest that the format knows: equal bundles shall be equal byte by byte."""
 READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 """What reading from a folder, a damaged zip or a damaged array can raise; NotImplementedError is a RuntimeError."""
 SPACING_RANGE = (1e-3, 1e3)
@@ -266,10 +268,16 @@ class Bundle:
             raise BundleError(f"{self.path}: head.npz holds NaN or infinity; export the bundle again")
         return head
 
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of every file, `bundle.json` first, each checked; raises BundleError at one that differs."""
+        yield MANIFEST, self.manifest_bytes
+        for name in self.manifest.files:
+            yield name, self.read(name)
+
     def verify(self) -> None:
         """Read every file once and check it; raises BundleError at the first that differs."""
-        for name in self.manifest.files:
-            self.read(name)
+        for _ in self.contents():
+            pass
 
     def close(self) -> None:
         """Let go of the zip file, which Windows does not replace while it is open. Nothing can be read afterwards."""
@@ -348,9 +356,9 @@ class Cascade:
     def __init__(self, path: Path) -> None:
         self.path = path
         with contextlib.closing(Source(path)) as source:
-            raw = source.read(CASCADE, MAX_MANIFEST_BYTES)
-        self.sha256 = hashlib.sha256(raw).hexdigest()
-        self.manifest = parse_cascade(raw, path)
+            self.manifest_bytes = source.read(CASCADE, MAX_MANIFEST_BYTES)
+        self.sha256 = hashlib.sha256(self.manifest_bytes).hexdigest()
+        self.manifest = parse_cascade(self.manifest_bytes, path)
         self.mask, self.regions = (Bundle(path, role) for role in self.STAGES)
         for role, bundle in zip(self.STAGES, (self.mask, self.regions), strict=True):
             if bundle.sha256 != self.manifest.stages[role]:
@@ -370,10 +378,16 @@ class Cascade:
         fill = self.manifest.fill
         return (*self.regions.labels, *([] if fill is None else [fill]))
 
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """As of a bundle: `cascade.json` first, then the files of each stage, the stage's folder in the name."""
+        yield CASCADE, self.manifest_bytes
+        for role, bundle in zip(self.STAGES, (self.mask, self.regions), strict=True):
+            yield from ((f"{role}/{name}", data) for name, data in bundle.contents())
+
     def verify(self) -> None:
         """Read every file once and check it; raises BundleError at the first that differs."""
-        self.mask.verify()
-        self.regions.verify()
+        for _ in self.contents():
+            pass
 
     def close(self) -> None:
         """Let go of the zip file. Nothing can be read afterwards."""
@@ -420,6 +434,20 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
             f"{path}: zipped by a method other than deflate; zip the bundle again, for example with zip -r"
         )
     return archive
+
+
+def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+    """Write the zip file `path` of a bundle. Raises OSError.
+
+    Stored, not deflated: weights are noise, and compressing them costs seconds and saves little.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files:
+            entry = zipfile.ZipInfo(name, ZIP_TIME)
+            entry.create_system = 3  # Unix, wherever it is written
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data)
+    return path
 
 
 def parse_manifest(raw: bytes, path: Path) -> Manifest:

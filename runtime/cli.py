@@ -9,7 +9,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemuse.engines.errors import EdgemuseError
+from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
     from edgemuse.runtime.pipeline import Options, Segmenter
@@ -31,23 +32,34 @@ LAZY_COMMANDS = {
     "tune": ("edgemuse.calibration.tune", "tune", "Find a bundle's fastest engine on this machine."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
+MODEL_COMMANDS = {
+    "list": ("edgemuse.runtime.models", "list_models", "List the models that go by a name, and check them."),
+    "fetch": ("edgemuse.export.fetch", "fetch", "Get DLMUSE from the Hugging Face hub and export it here."),
+    "add": ("edgemuse.runtime.models", "add", "Put a bundle into the store, so that it goes by a name."),
+    "verify": ("edgemuse.runtime.models", "verify", "Check the SHA-256 of every file of every model."),
+}
+"""The same for those of `edgemuse models`."""
 LINEAR_ALGEBRA = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """Threads of numpy's matrix products: one, because edgemuse itself works on several rows at once."""
 FAILURE, BAD_INPUT = 1, 2
 
 
 class Commands(click.Group):
-    """The group of commands; those of other sub-packages are imported when they are called."""
+    """A group of commands; the `lazy` ones are imported when they are called."""
+
+    def __init__(self, lazy: Mapping[str, tuple[str, str, str]], **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.lazy = lazy
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of a first visit: use, then make, then inspect."""
-        return [*super().list_commands(ctx), *LAZY_COMMANDS]
+        return [*super().list_commands(ctx), *self.lazy]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """The command called `name`, imported if need be."""
-        if name not in LAZY_COMMANDS:
+        if name not in self.lazy:
             return super().get_command(ctx, name)
-        module, attribute, _ = LAZY_COMMANDS[name]
+        module, attribute, _ = self.lazy[name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
@@ -55,10 +67,10 @@ class Commands(click.Group):
         """The overview, without importing lazy commands."""
         rows = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl(rows + [(name, row[2]) for name, row in LAZY_COMMANDS.items()])
+            formatter.write_dl(rows + [(name, row[2]) for name, row in self.lazy.items()])
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, lazy=LAZY_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgemuse")
 @click.option("--debug", is_flag=True, help="Show a traceback where something fails.")
 @click.pass_context
@@ -80,7 +92,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="T1.nii.gz...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option("-m", "--model", type=click.Path(path_type=Path), metavar="BUNDLE", help="A folder or a .zip that "
-              "'export' made.  [default: the built-in model]")  # fmt: skip
+              "'export' made, or a name that 'models list' shows.  [default: the built-in model]")  # fmt: skip
+@model_dir_option
 @click.option(
     "--profile",
     type=click.Choice(["reference", "balanced", "fast"]),
@@ -119,6 +132,7 @@ def segment(
     scans: tuple[Path, ...],
     output: Path,
     model: Path | None,
+    model_dir: Path | None,
     max_ram: float | None,
     no_postprocess: bool,
     no_qc: bool,
@@ -144,12 +158,12 @@ def segment(
     """  # noqa: D301 click reads the backspace itself
     _show_log(verbose)
     _bind_threads(engine["threads"])
-    from edgemuse.runtime.builtin import BUILT_IN
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.outputs import prepare_folder
     from edgemuse.runtime.stages import segmenter_of
+    from edgemuse.runtime.store import find_model
 
-    opened = open_model(model or BUILT_IN)
+    opened = open_model(find_model(model, model_dir))
     prepare_folder(scans, output, overwrite)
     codes = []
     with segmenter_of(opened, _options(max_ram, not no_postprocess, **engine)) as segmenter:
@@ -163,17 +177,19 @@ def segment(
 
 @cli.command()
 @click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
+@model_dir_option
 @click.option("--card", is_flag=True, help="Print the built-in model's card: data, accuracy, known weaknesses.")
-def info(model: Path | None, card: bool) -> None:
-    """Show what a bundle holds, and check every file in it. Without BUNDLE: the built-in model."""
-    from edgemuse.runtime.builtin import BUILT_IN, MODEL_CARD
+def info(model: Path | None, model_dir: Path | None, card: bool) -> None:
+    """Show what a bundle, or a model of 'models list', holds; check every file in it. Default: the built-in model."""
+    from edgemuse.runtime.builtin import MODEL_CARD
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.describe import describe_model
+    from edgemuse.runtime.store import find_model
 
     if card:
         click.echo(MODEL_CARD.read_text(encoding="utf-8"))
         return
-    opened = open_model(model or BUILT_IN)
+    opened = open_model(find_model(model, model_dir))
     opened.verify()
     click.echo(describe_model(opened))
 
@@ -197,6 +213,22 @@ def demo(output: Path, threads: int | None) -> None:
     click.echo(report, err=True)
     for path in paths:
         click.echo(path)
+
+
+@cli.group(cls=Commands, lazy=MODEL_COMMANDS, invoke_without_command=True)
+@click.pass_context
+def models(ctx: click.Context) -> None:
+    """Models that go by a name: list, fetch, add and verify them.
+
+    They lie in a store, a folder with one bundle each. 'segment --model NAME' finds them there.
+
+    \b
+      edgemuse models fetch dlmuse --accept-license    with a network and PyTorch
+      edgemuse models list                             what is there, from where, whether whole
+      edgemuse models add STICK/dlmuse.zip             without either: what was fetched elsewhere
+    """  # noqa: D301 click reads the backspace itself
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @cli.command()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+import contextlib
+from collections.abc import Iterator
 
 from edgemuse.engines.errors import BackendError
 
 
-def load_extra(module: str, doing: str, library: str, extra: str) -> ModuleType:
-    """Import edgemuse's own `module`; BackendError says that `doing` needs a library and how to install it.
+@contextlib.contextmanager
+def needs_extra(extra: str, doing: str, library: str) -> Iterator[None]:
+    """Turn an import that fails inside the block into a BackendError that says how to install what is missing.
 
     Args:
-        module: full name.
+        extra: of edgemuse, which brings the libraries.
         doing: what the user asked for, such as "exporting".
         library: named where Python does not say which one is missing.
-        extra: of edgemuse, which brings the libraries.
     """
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
         if error.name and error.name.startswith("edgemuse"):
             raise

@@ -32,6 +32,7 @@ from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box, preprocess
 from edgemuse.runtime.quality import Subject
 from edgemuse.runtime.scan import Scan, read_image
+from edgemuse.runtime.store import find_model
 from edgemuse.runtime.types import Affine, Image, Labels, Shape, Spacing
 
 log = logging.getLogger("edgemuse")
@@ -181,8 +182,8 @@ def segmenter_of(model: Bundle | Cascade, options: Options) -> Segmenter | Casca
 
 
 def open_segmenter(path: str | Path, options: Options) -> Segmenter | CascadeSegmenter:
-    """What segments with the bundle or cascade at `path`; raises BundleError."""
-    return segmenter_of(open_model(path), options)
+    """What segments with the bundle or cascade at `path`, or of that name in the store; raises BundleError."""
+    return segmenter_of(open_model(find_model(Path(path))), options)
 
 
 def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:

@@ -311,8 +311,8 @@ def _exit_code(function: Callable[[], None]) -> int:
     raise AssertionError("main() returned without sys.exit()")
 
 
-def run_process(*arguments: object, cache_dir: Path, prelude: str = "") -> Ran:
-    """Run the command line in a fresh interpreter, the Python code `prelude` first."""
+def run_process(*arguments: object, cache_dir: Path, prelude: str = "", timeout: float = 120) -> Ran:
+    """Run the command line in a fresh interpreter, the Python code `prelude` first; give up after `timeout` seconds."""
     code = f"{prelude}\nfrom edgemuse.runtime.cli import main\nmain()"
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache_dir), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -320,7 +320,7 @@ def run_process(*arguments: object, cache_dir: Path, prelude: str = "") -> Ran:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
     return ran(done.returncode, done.stdout, done.stderr)

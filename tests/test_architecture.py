@@ -129,9 +129,9 @@ def test_every_link_leads_to_a_package() -> None:
 
 
 def test_commands_of_other_packages_exist() -> None:
-    from edgemuse.runtime.cli import LAZY_COMMANDS
+    from edgemuse.runtime.cli import LAZY_COMMANDS, MODEL_COMMANDS
 
-    for module, attribute, _ in LAZY_COMMANDS.values():
+    for module, attribute, _ in (*LAZY_COMMANDS.values(), *MODEL_COMMANDS.values()):
         path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
         names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
         assert attribute in names

@@ -8,18 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
+from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.types import Shape
 from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
 
 FEATURES = (16, 32, 64, 128, 256)
-PATCH: Shape = (96, 128, 96)
+PATCH: Shape = (112, 160, 112)
 SPACING = 1.5
 """mm"""
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 CHECKPOINT = "fold_0/checkpoint_final.pth"
+SUPERVISION = "decoder.seg_layers."
 
 
 def architecture(features: tuple[int, ...]) -> dict[str, Any]:
@@ -52,6 +56,34 @@ def build_network(features: tuple[int, ...]) -> Any:
     arguments = architecture(features) | classes
     network = PlainConvUNet(input_channels=1, num_classes=len(INDICES), deep_supervision=True, **arguments)
     return network.apply(InitWeights_He(1e-2))
+
+
+def bundle_weights(path: Path, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in the fp32 graph and the head of the bundle at `path`, named as the network names them.
+
+    A bundle does not hold the lower layers of deep supervision: they stay as in `fresh`, a state of the network.
+    Raises ValueError if anything else is missing.
+    """
+    bundle = open_bundle(path)
+    graph, head = onnx.load_from_string(bundle.graph("fp32")), bundle.head()
+    if head is None:
+        raise ValueError(f"{path}: the last layer is in the graph, not beside it")
+    stored = {tensor.name.removesuffix(".half"): numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    last = max(name.rpartition(".")[0] for name in fresh if name.startswith(SUPERVISION))
+    stored |= {f"folds.0.{last}.weight": head.weight, f"folds.0.{last}.bias": head.bias}
+    weights = {}
+    for name, value in fresh.items():
+        found = stored.get(f"folds.0.{_once(name)}")
+        if found is None and not name.startswith(SUPERVISION):
+            raise ValueError(f"{path}: no {name} in this bundle")
+        weights[name] = value if found is None else torch.from_numpy(found.astype("float32")).reshape(value.shape)
+    return weights
+
+
+def _once(name: str) -> str:
+    """The name under which a weight that the network lists several times is exported."""
+    plain = name.replace(".conv.", ".all_modules.0.").replace(".norm.", ".all_modules.1.")
+    return plain if plain.startswith("decoder.") else f"decoder.{plain}"
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], features: tuple[int, ...], patch: Shape) -> None:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,23 @@ class Run:
 
 
 def new_run(features: tuple[int, ...], device: str, start: Path | None) -> Run:
-    """A run before its first step, from the weights of the model folder `start` or from random ones."""
+    """A run before its first step, from the weights of the model folder or bundle `start` or from random ones."""
     torch.manual_seed(SEED)
     network = folder.build_network(features)
     if start is not None:
-        network.load_state_dict(dict(read_checkpoint(start / folder.CHECKPOINT, "0").weights))
+        network.load_state_dict(start_weights(start, network.state_dict()))
     use_fast_normalisation(network)
     network.to(device=device, memory_format=torch.channels_last_3d)
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     return Run(network, average, torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2))
+
+
+def start_weights(start: Path, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an nnU-Net model folder or of a bundle; `fresh`: what a new network has."""
+    checkpoint = start / folder.CHECKPOINT
+    if checkpoint.is_file():
+        return dict(read_checkpoint(checkpoint, "0").weights)
+    return folder.bundle_weights(start, fresh)
 
 
 def half_precision(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -254,7 +262,7 @@ class Record:
 @click.command(context_settings={"show_default": True})
 @click.argument("labelmaps", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder with weights to start from.")
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder or bundle to start from.")
 @click.option("--steps", default=20_000, help="Steps in all; may be changed when a run goes on.")
 @click.option("--rate", default=1.5e-3, help="Learning rate before it falls.")
 @click.option("--validate-every", default=500)

@@ -22,15 +22,26 @@ from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.outputs import DLMUSE_CSV, NAMES
 
 WRITTEN = tuple(name for name in NAMES if name != DLMUSE_CSV)
-COMMANDS = ("segment", "info", "demo", "devices")
+COMMANDS = ("segment", "info", "demo", "devices", "models")
 OPTIONS = {
     "segment": [
-        *("--output", "--model", "--profile", "--backend", "--precision", "--device", "--threads", "--max-ram"),
+        *(
+            "--output",
+            "--model",
+            "--model-dir",
+            "--profile",
+            "--backend",
+            "--precision",
+            "--device",
+            "--threads",
+            "--max-ram",
+        ),
         *("--no-postprocess", "--no-qc", "--overwrite", "--verbose"),
     ],
-    "info": ["BUNDLE", "--card"],
+    "info": ["BUNDLE", "--model-dir", "--card"],
     "demo": ["--output", "--threads"],
     "devices": [],
+    "models": ["list", "fetch", "add", "verify"],
 }
 AFFINE = np.array([[0, 0.1, -1.1, 11], [-1.2, 0, 0, -22.5], [0, 1.5, 0.1, 33], [0, 0, 0, 1]])
 HEAVY = ("torch", "onnx", "nncf", "nnunetv2")

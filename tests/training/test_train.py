@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from edgemuse.export.checkpoint import read_checkpoint
+from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.training import folder, train
 from edgemuse.training.labelmaps import INDICES
 
@@ -119,3 +120,19 @@ def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
     bundle = open_bundle(export_model(tmp_path / "model", tmp_path / "small.bundle", options))
     assert [label.index for label in bundle.manifest.labels] == list(INDICES)
     assert bundle.manifest.network.spacing == (1.5, 1.5, 1.5)
+
+
+def test_a_run_may_start_from_a_bundle(small, tmp_path):
+    """With every weight of it, rounded to half precision, but those of the lower layers of deep supervision."""
+    torch.manual_seed(3)
+    network = folder.build_network(FEATURES)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    old = network.state_dict()
+    folder.write_folder(tmp_path / "model", old, FEATURES, PATCH)
+    bundle = export_model(tmp_path / "model", tmp_path / "bundle", ExportOptions())
+    new = train.new_run(FEATURES, "cpu", bundle).network.state_dict()
+    levels = {name for name in old if name.startswith(folder.SUPERVISION)}
+    lost = {name for name in levels if not name.startswith(max(levels).rpartition(".")[0])}
+    assert lost
+    assert all(torch.equal(new[name], value.half().float()) for name, value in old.items() if name not in lost)
