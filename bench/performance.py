@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ import platformdirs
 from edgemuse.bench import cases, changes, scans
 from edgemuse.bench.cases import Case
 from edgemuse.bench.performance_report import BY_HAND, report
-from edgemuse.bench.process import measure
+from edgemuse.bench.process import ProcessFailure, measure
 from edgemuse.bench.roofline import operations, peaks
 from edgemuse.calibration.evaluate import settings
 from edgemuse.engines.hardware import cpu_cores, cpu_name
@@ -42,8 +42,8 @@ from edgemuse.runtime.precision import stored_precision
 
 LONG = 150.0
 """Seconds; what takes longer runs once."""
-SMALL_RAM = "1.8"
-"""GiB, for `fast` in int8 on a machine with little memory."""
+SMALL_RAM = "2.1"
+"""GiB, for `fast` in int8 on a machine with little memory: just more than the plan for patches."""
 NNUNET = """
 import sys, numpy as np
 from pathlib import Path
@@ -145,9 +145,10 @@ class Bench:
     work: Path
     rows: Rows
     progress: Progress
+    failed: dict[System, str] = field(default_factory=dict)
 
     def run_all(self) -> None:
-        """All scans and systems, the timed scan last round by round."""
+        """All scans and systems, the timed scan last round by round; a system that fails is left out."""
         for scan in self.case.others:
             for system in self.systems:
                 if not system.nnunet:
@@ -155,7 +156,7 @@ class Bench:
         for number in range(1 + max(system.repeats for system in self.systems)):
             for system in self.systems:
                 first = self.rows.of(**self.key(system, self.case.timed, 0))
-                if number == 0 or (number <= system.repeats and first[0]["seconds"] < LONG):
+                if number == 0 or (number <= system.repeats and first and first[0]["seconds"] < LONG):
                     self.row(system, self.case.timed, number)
 
     def key(self, system: System, scan: Path, number: int) -> Row:
@@ -166,14 +167,18 @@ class Bench:
     def row(self, system: System, scan: Path, number: int) -> None:
         """Measure one run, unless that was done and its files are still there."""
         key, labels = self.key(system, scan, number), self.labels_path(system, scan)
-        if self.rows.of(**key) and labels.exists():
+        if system in self.failed or (self.rows.of(**key) and labels.exists()):
             return
         labels.parent.mkdir(parents=True, exist_ok=True)
         cache = labels.parent / "cache"
         if number == 0:
             shutil.rmtree(cache, ignore_errors=True)
-        command = self.command(system, scan)
-        run = measure(command, os.environ | {"EDGEMUSE_CACHE_DIR": str(cache)})
+        try:
+            run = measure(self.command(system, scan), os.environ | {"EDGEMUSE_CACHE_DIR": str(cache)})
+        except ProcessFailure as error:
+            self.failed[system] = str(error)
+            self.progress(f"{self.case.name}: {system.name}: left out: {error}")
+            return
         row = key | {"seconds": run.seconds, "peak": run.peak} | self.made(system, scan) | self.scores(system, scan)
         self.rows.add(row)
         self.progress(
@@ -235,6 +240,8 @@ def summarise(bench: Bench) -> list[Row]:
     """A row for each system: medians of its warm runs, and what the first one took."""
     summaries = []
     for system in bench.systems:
+        if system in bench.failed:
+            continue
         runs = bench.rows.of(case=bench.case.name, bundle=bench.bundle.sha256, system=system.name)
         timed = sorted((row for row in runs if row["scan"] == bench.case.timed.name), key=lambda row: row["number"])
         later = timed[1:] or timed
@@ -278,7 +285,7 @@ def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: 
     makers = {"dev": cases.development}
     if not fast:
         makers |= {"builtin": partial(cases.built_in, folder=built_in_folder), "dlmuse": cases.dlmuse}
-    found = {}
+    found, left_out = {}, list[str]()
     for name, make in makers.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         case = make(shared, folder / name, progress)
@@ -288,8 +295,9 @@ def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: 
         bench = Bench(case, bundle, every, folder / name, rows, progress)
         bench.run_all()
         found[case.name] = summarise(bench)
+        left_out += [f"{case.name}, {system.name}: {reason}" for system, reason in bench.failed.items()]
     progress("measuring the peak of the processor and single steps")
-    text = report(found, peaks(), changes.measured(shared), rows.context)
+    text = report(found, left_out, peaks(), changes.measured(shared), rows.context)
     kept = output.read_text(encoding="utf-8").partition(BY_HAND)[2] if output.exists() else "\n"
     output.write_text(text + BY_HAND + kept, encoding="utf-8")
     click.echo(output)

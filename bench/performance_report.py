@@ -17,7 +17,8 @@ predictor in the same session over this. *Peak*: highest resident memory. *Agree
 `reference` in fp32, over all scans; with random weights logits are nearly tied, so there it says little. *Dice*: mean
 over the structures of the scan with known labels. Islands are kept, as nnU-Net keeps them. A system that takes
 minutes runs once, cold. Trained networks whose bundle stores no int8 are quantised on the sample scan that comes with
-edgemuse.
+edgemuse. With random weights every structure is also scattered over the whole volume, so that *quality*, which looks
+for the components of each, takes far longer than with a trained network.
 """
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write")
 REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the
@@ -33,11 +34,19 @@ so a share of the peak may be flattering. *Infer* is the stage, *run* the whole 
 """
 
 
-def report(found: Mapping[str, Sequence[Row]], peaks: Mapping[str, float], changes: str, context: Row) -> str:
+def report(
+    found: Mapping[str, Sequence[Row]],
+    left_out: Sequence[str],
+    peaks: Mapping[str, float],
+    changes: str,
+    context: Row,
+) -> str:
     """The page, up to what is written by hand."""
     parts = [INTRODUCTION, _machine(context)]
     for case, rows in found.items():
         parts += [f"\n## {case[0].upper() + case[1:]}\n", _overview(rows)]
+    if left_out:
+        parts += ["\n## Did not run\n", *(f"- {line}" for line in left_out)]
     parts += ["\n## Where the time goes, seconds\n", REST]
     parts += [f"{case}:\n\n{_stages(rows)}" for case, rows in found.items()]
     parts += ["\n## What changes brought\n", CHANGES, changes]

@@ -18,7 +18,7 @@ from edgemuse.bench import performance
 from edgemuse.bench.cases import Case
 from edgemuse.bench.performance import Bench, Rows, summarise, systems
 from edgemuse.bench.performance_report import report
-from edgemuse.bench.process import Run
+from edgemuse.bench.process import ProcessFailure, Run
 from edgemuse.runtime.bundle import open_bundle
 
 CONTEXT = {"commit": "abc", "cpu": "a processor", "cores": 2, "versions": {"openvino": "1"}}
@@ -118,10 +118,25 @@ def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Be
 
 def test_the_page_has_a_row_for_every_system(bench: Bench) -> None:
     bench.run_all()
-    page = report({"tiny": summarise(bench)}, {"fp32": 1e11, "int8": 4e11}, "| a change |", CONTEXT)
+    page = report({"tiny": summarise(bench)}, ["a: why"], {"fp32": 1e11, "int8": 4e11}, "| a change |", CONTEXT)
     for system in bench.systems:
         assert page.count(f"| {system.name} |") == 3  # time, stages, share of the peak
     row = next(line for line in page.splitlines() if line.startswith(f"| {bench.systems[1].name} |"))
     assert row.count("|") == page.splitlines()[page.splitlines().index("## Tiny") + 2].count("|")
     assert "| fp32 | 100 |" in page
     assert "| a change |" in page
+    assert "- a: why" in page
+
+
+def test_a_system_that_fails_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    worst, works = bench.systems[-1], performance.measure
+
+    def measure(command: list[str], environment: dict[str, str]) -> Run:
+        if tuple(command[-len(worst.arguments) :]) == worst.arguments:
+            raise ProcessFailure("exit code 2: too little memory")
+        return works(command, environment)
+
+    monkeypatch.setattr(performance, "measure", measure)
+    bench.run_all()
+    assert bench.failed == {worst: "exit code 2: too little memory"}
+    assert [row["system"] for row in summarise(bench)] == [system.name for system in bench.systems[:-1]]
