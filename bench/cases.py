@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.bench import scans
-from edgemuse.bench.models import random_dlmuse
+from edgemuse.bench.models import dlmuse_scan, random_dlmuse
 from edgemuse.calibration.calibrate import Work
 from edgemuse.calibration.half import half_precision
 from edgemuse.calibration.quantise import quantise
@@ -20,8 +20,6 @@ from edgemuse.export.writer import write_bundle
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import open_bundle
 
-DLMUSE_SHAPE = (163, 214, 155)
-"""Of a T1 that was cropped to the brain, at 1 mm."""
 SAMPLE = BUILT_IN.with_name("sample_T1w.nii.gz")
 """Synthetic, so it is none of the scans that are measured: trained networks are calibrated on it."""
 CORNER = 64
@@ -53,11 +51,12 @@ class Case:
 
 def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
     """DLMUSE's plans and classes, random weights, mirroring allowed as DLMUSE allows it; a real T1, cropped."""
-    folder, scan = work / "model", work / "brain_T1w.nii.gz"
+    folder = work / "model"
     if not folder.exists():
         shutil.rmtree(work / "part", ignore_errors=True)  # of a run that was interrupted
         random_dlmuse(shared, work / "part", mirror_axes=(0, 1, 2)).rename(folder)
-    scans.centre_crop(scans.reoriented(_t1(shared, "crop_T1w"), work / "upright.nii.gz", "LPS"), scan, DLMUSE_SHAPE)
+    (work / "scan").mkdir(exist_ok=True)
+    scan = dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
     plain = _exported(folder, work / "fp32.bundle", ExportOptions(orientation="LPS"), progress)
     bundle = _all_precisions(plain, work / "all.bundle", scan, progress, CORNER)
     return Case("DLMUSE's network, random weights", bundle, folder, scan)

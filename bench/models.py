@@ -12,6 +12,12 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from edgemuse.bench import scans
+from edgemuse.export.exporter import ExportOptions, export_model
+
+DLMUSE_SHAPE = (163, 214, 155)
+"""Of a T1 that was cropped to the brain, at 1 mm."""
+
 
 def parity_models(shared: Path, work: Path) -> dict[str, Path]:
     """The trained development model as it is, mirrored, as an ensemble; and two networks of random weights."""
@@ -29,6 +35,21 @@ def random_dlmuse(shared: Path, folder: Path, mirror_axes: tuple[int, ...] | Non
     """DLMUSE's own plans and 152 classes with random weights: upstream's may not be passed on."""
     facts = shared / "data" / "dlmuse"
     return random_model(facts / "plans.json", facts / "dataset.json", 152, folder, mirror_axes=mirror_axes)
+
+
+def prepare_dlmuse(shared: Path, work: Path) -> tuple[Path, Path, Path]:
+    """Model folder, bundle and scan, a T1 cropped to the brain, of DLMUSE's network with random weights, in `work`."""
+    folder = random_dlmuse(shared, work / "model")
+    bundle = export_model(folder, work / "dlmuse.bundle", ExportOptions(orientation="LPS"))
+    (work / "scan").mkdir()
+    return folder, bundle, dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
+
+
+def dlmuse_scan(shared: Path, target: Path) -> Path:
+    """A real T1 of `DLMUSE_SHAPE` at 1 mm, LPS."""
+    source, upright = shared / "data" / "t1" / "crop_T1w.nii.gz", target.parent.parent / "upright.nii.gz"
+    scans.reoriented(source, upright, "LPS")
+    return scans.centre_crop(upright, target, DLMUSE_SHAPE)
 
 
 def random_model(

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from numpy.typing import NDArray
@@ -23,14 +24,20 @@ from edgemuse.runtime.tiles import TilePlan, gaussian_window, plan_tiles
 
 
 class Reference:
-    """A model folder in nnU-Net's own hands, on the CPU, step 0.5, Gaussian weights, all folds found."""
+    """A model folder in nnU-Net's own hands, on the CPU, step 0.5, Gaussian weights; without `folds` all found."""
 
-    def __init__(self, folder: Path, mirroring: bool, folds: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mirroring: bool,
+        folds: tuple[int | str, ...] | None = None,
+        checkpoint: str = "checkpoint_final.pth",
+    ) -> None:
         with _quiet():
             self.predictor = nnUNetPredictor(
                 tile_step_size=0.5, use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False
             )
-            self.predictor.initialize_from_trained_model_folder(str(folder), folds)
+            self.predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
 
     def labels(self, scan: Path, sums: torch.dtype = torch.half) -> NDArray[np.int64]:
         """Class numbers (i, j, k) of the stored grid, as nnU-Net predicts them.
@@ -41,6 +48,30 @@ class Reference:
         with _quiet(), mock.patch.object(torch, "half", sums):
             segmentation = self.predictor.predict_single_npy_array(image, properties)
         return np.asarray(segmentation).T.astype(np.int64)
+
+    def run_as(self, variant: str, timed: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Have PyTorch run the network as one of `VARIANTS`, every call of it `timed` as `infer`."""
+        network = self.predictor.network
+        network.forward = timed("infer", VARIANTS[variant](network))
+
+    def segment(self, scan: Path, target: Path, stage: Callable[[str], Any]) -> None:
+        """Segment `scan` into `target`, a label map of class numbers, with `stage` around every step."""
+        plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
+        with _quiet():
+            with stage("load"):
+                image, properties = SimpleITKIO().read_images([str(scan)])
+            with stage("preprocess"):
+                data, _, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
+                    image, None, properties, plans, configuration, self.predictor.dataset_json
+                )
+            with stage("merge"):
+                logits = self.predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu()
+            with stage("restore"):
+                labels = convert_predicted_logits_to_segmentation_with_correct_shape(
+                    logits, plans, configuration, self.predictor.label_manager, properties
+                )
+            with stage("write"):
+                SimpleITKIO().write_seg(labels, str(target), properties)
 
     def exact(self, scan: Path) -> Exact:
         """The same networks and steps, with every sum over tiles, mirrorings and folds in float64."""
@@ -89,6 +120,31 @@ class Reference:
         copies = (self.predictor.network(tile.flip(flip)).flip(flip)[0].double().numpy() for flip in flips)
         mean: NDArray[np.float64] = sum(copies) / len(flips)
         return mean
+
+
+def _channels_last(network: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward = network.to(memory_format=torch.channels_last_3d).forward
+    return lambda tile: forward(tile.contiguous(memory_format=torch.channels_last_3d))
+
+
+def _bf16(network: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward = network.forward
+
+    def run(tile: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: torch.Tensor = forward(tile)
+        return logits.float()
+
+    return run
+
+
+VARIANTS: dict[str, Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "eager": lambda network: network.forward,
+    "compile": lambda network: torch.compile(network.forward),
+    "channels-last": _channels_last,
+    "bf16": _bf16,
+}
+"""Ways to run a network in PyTorch: from the network to what is called instead of its `forward`."""
 
 
 class Exact:

@@ -1,22 +1,40 @@
-"""From a bundle with an fp32 graph to one with int8 and fp16 graphs and their accuracy, step by step."""
+"""From a bundle or cascade with fp32 graphs to one with int8 and fp16 graphs and their accuracy, step by step."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from edgemuse.calibration.cascade import stage_inputs
 from edgemuse.calibration.evaluate import Expected, Setting, evaluate, expect, settings
 from edgemuse.calibration.half import half_precision
 from edgemuse.calibration.quantise import Quantised, quantise, sensitivity
 from edgemuse.calibration.scans import Source, calibration_patches, find_scans, split
 from edgemuse.engines.errors import VerificationError
 from edgemuse.engines.protocol import Batch
-from edgemuse.export.writer import check_output, check_replaceable, replace_bundle, write_bundle
-from edgemuse.runtime.bundle import Bundle, GateRow, Manifest, file_entry, open_bundle
+from edgemuse.export.writer import (
+    check_output,
+    check_replaceable,
+    replace_bundle,
+    replace_cascade,
+    write_bundle,
+    write_cascade,
+)
+from edgemuse.runtime.bundle import (
+    Bundle,
+    Cascade,
+    CascadeManifest,
+    GateRow,
+    Manifest,
+    file_entry,
+    open_bundle,
+    open_model,
+)
 from edgemuse.runtime.precision import ALWAYS_FP32
 
 FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}
@@ -66,8 +84,11 @@ class Int8:
 def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Path:
     """Add int8 and fp16 graphs to the bundle at `source`, gate all that this machine can run, and write to `output`.
 
+    Of a cascade, each stage is calibrated and gated by itself: the mask network on the scans, by agreement with its
+    fp32 alone because the truth is not of its classes; the region network on what the former, in fp32, finds in them.
+
     Args:
-        source: the bundle; any lower precision that it has already is made anew.
+        source: the bundle or cascade; any lower precision that it has already is made anew.
         data: folder of scans, with truth as `STEM_dseg.nii.gz` beside a scan where it is known.
         output: may be `source`, which is then replaced when all is done.
         progress: called with a line of text at every step.
@@ -77,26 +98,54 @@ def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Pat
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: too few scans, or one that cannot be used.
+        InputError: too few scans, or one that cannot be used: of a cascade, one without a brain.
         OutputError: `output` exists and is not `source`, or cannot be written.
         MemoryLimitError: a scan does not fit in memory.
     """
     in_place = output.exists() and output.resolve() == source.resolve()
-    bundle = open_bundle(source)
+    model = open_model(source)
     if in_place:
-        check_replaceable(bundle)
+        check_replaceable(model)
     else:
         check_output(output)
-    kept = {name: bundle.read(name) for name in bundle.manifest.files if name not in FILES.values()}
     chosen, held_out = split(find_scans(data), data)
     progress(f"calibrating on {_names(chosen)}; evaluating on {_names(held_out)}")
-    if bundle.manifest.network.orientation is None:
-        progress("the bundle names no orientation: the scans must be stored as the training data were")
     with tempfile.TemporaryDirectory(prefix="edgemuse-") as folder:
-        work = Work(bundle, Path(folder), kept, progress)
-        manifest, files = _calibrated(work, chosen, held_out)
-    progress(f"writing {output}")
-    return replace_bundle(bundle, manifest, files) if in_place else write_bundle(output, manifest, files)
+        if isinstance(model, Cascade):
+            joined, stages = _calibrated_stages(model, chosen, held_out, Path(folder), progress)
+            progress(f"writing {output}")
+            return replace_cascade(model, joined, *stages) if in_place else write_cascade(output, joined, *stages)
+        if model.manifest.network.orientation is None:
+            progress("the bundle names no orientation: the scans must be stored as the training data were")
+        manifest, files = _calibrated(Work(model, Path(folder), _kept(model), progress), chosen, held_out)
+        progress(f"writing {output}")
+        return replace_bundle(model, manifest, files) if in_place else write_bundle(output, manifest, files)
+
+
+def _kept(bundle: Bundle) -> Files:
+    """The files that are not made anew, each checked."""
+    return {name: bundle.read(name) for name in bundle.manifest.files if name not in FILES.values()}
+
+
+def _calibrated_stages(
+    cascade: Cascade, chosen: Sequence[Source], held_out: Sequence[Source], folder: Path, progress: Progress
+) -> tuple[CascadeManifest, list[Bundle]]:
+    """Calibrate `mask`, then `regions`: the manifest that joins them, and both, written into `folder`."""
+    kept = {role: _kept(bundle) for role, bundle in cascade.bundles.items()}
+    inputs = stage_inputs(cascade, [*chosen, *held_out], folder, progress)
+    stages: dict[str, Bundle] = {}
+    for role, bundle in cascade.bundles.items():
+        sources = inputs[role]
+        with tempfile.TemporaryDirectory(dir=folder) as drafts:
+            work = Work(bundle, Path(drafts), kept[role], partial(_say, progress, role))
+            manifest, files = _calibrated(work, sources[: len(chosen)], sources[len(chosen) :])
+        stages[role] = open_bundle(write_bundle(folder / f"{role}.bundle", manifest, files))
+    hashes = {role: stage.sha256 for role, stage in stages.items()}
+    return replace(cascade.manifest, stages=hashes), list(stages.values())
+
+
+def _say(progress: Progress, role: str, line: str) -> None:
+    progress(f"{role}: {line}")
 
 
 def _calibrated(work: Work, chosen: Sequence[Source], held_out: Sequence[Source]) -> tuple[Manifest, Files]:

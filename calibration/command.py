@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edgemuse.runtime.extras import needs_extra
+from edgemuse.runtime.models import model_dir_option
 
 
 @click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")
@@ -22,7 +23,8 @@ from edgemuse.runtime.extras import needs_extra
     help="Where to write: a new directory, or a new file if it ends with .zip.  [default: replace the bundle itself, "
     "when all is done]",
 )  # fmt: skip
-def calibrate(bundle: Path, data: Path, output: Path | None) -> None:
+@model_dir_option
+def calibrate(bundle: Path, data: Path, output: Path | None, model_dir: Path | None) -> None:
     """Add int8 and fp16 graphs to a bundle and measure what every backend makes of them.
 
     A third of the scans, at most 8, set the ranges of int8; the others are segmented by every backend, precision and
@@ -34,13 +36,20 @@ def calibrate(bundle: Path, data: Path, output: Path | None) -> None:
     The table is stored in the bundle. 'edgemuse info' shows it, and 'segment' chooses by it. Plan for a few minutes a
     scan and measurement.
 
+    BUNDLE may be a name that 'models list' shows, and a cascade such as DLMUSE. Of a cascade each network is calibrated
+    and measured by itself, the second on what the first finds in the scans; the truth counts for the second alone,
+    and the first is held against its own fp32.
+
     Needs NNCF: pip install "edgemuse[calibrate]". The bundle does not.
 
     \b
     Example:
-      edgemuse calibrate dlmuse.bundle --data scans
-      edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile balanced
+      edgemuse calibrate dlmuse --data scans
+      edgemuse segment T1.nii.gz -o out --model dlmuse --profile balanced
     """  # noqa: D301  # \b keeps click from wrapping the example
     with needs_extra("calibrate", "calibrating", "NNCF"):
         from edgemuse.calibration import calibrate as module
-    click.echo(module.calibrate(bundle, data, output or bundle, partial(click.echo, err=True)))
+    from edgemuse.runtime.store import find_model
+
+    source = find_model(bundle, model_dir)
+    click.echo(module.calibrate(source, data, output or source, partial(click.echo, err=True)))

@@ -7,13 +7,25 @@ import io
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, CascadeManifest, Head, Manifest, open_model, write_zip
+from edgemuse.runtime.builtin import BUILT_IN
+from edgemuse.runtime.bundle import (
+    CASCADE,
+    MANIFEST,
+    Bundle,
+    Cascade,
+    CascadeManifest,
+    Head,
+    Manifest,
+    open_model,
+    write_zip,
+)
 
 HEAD = "head.npz"
 
@@ -35,17 +47,34 @@ def head_bytes(head: Head) -> bytes:
     return stream.getvalue()
 
 
-def check_replaceable(bundle: Bundle) -> None:
-    """Raise OutputError unless `bundle` can be replaced where it lies without losing anything else."""
-    path = bundle.path
+def check_replaceable(model: Bundle | Cascade) -> None:
+    """Raise OutputError unless `model` can be replaced where it lies without losing anything else."""
+    path = model.path
+    if path.resolve() == BUILT_IN.resolve():
+        raise OutputError(f"{model.name}: comes with edgemuse and is not replaced; choose another output with --output")
     if path.is_symlink():
         raise OutputError(f"{path}: a link, which is not replaced; name the bundle itself, or another output")
     if not os.access(path.resolve().parent, os.W_OK):
         raise OutputError(f"{path}: its folder cannot be written to; choose another output")
-    listed = {MANIFEST, *bundle.manifest.files}
-    others = sorted(file.name for file in path.iterdir() if file.name not in listed) if path.is_dir() else []
-    if others:
+    if others := sorted(_names(path) - _listed(model)):
         raise OutputError(f"{path}: replacing it would delete {', '.join(others)}; move that, or choose another output")
+
+
+def _names(path: Path) -> set[str]:
+    """Every file and folder inside a directory or a zip file."""
+    if path.is_dir():
+        return {inside.relative_to(path).as_posix() for inside in path.rglob("*")}
+    with zipfile.ZipFile(path) as archive:
+        return {name.rstrip("/") for name in archive.namelist()}
+
+
+def _listed(model: Bundle | Cascade) -> set[str]:
+    """What `_names` finds where there is nothing but `model`."""
+    if isinstance(model, Bundle):
+        return {MANIFEST, *model.manifest.files}
+    return {CASCADE, *model.bundles} | {
+        f"{role}/{name}" for role, bundle in model.bundles.items() for name in _listed(bundle)
+    }
 
 
 def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
@@ -55,10 +84,14 @@ def write_bundle(output: Path, manifest: Manifest, files: Mapping[str, bytes]) -
 
 def write_cascade(output: Path, manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> Path:
     """Write a cascade of two bundles, a zip file or a directory as above; `manifest` names their SHA-256."""
+    return _write_whole(output, _cascade_contents(manifest, mask, regions))
+
+
+def _cascade_contents(manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> dict[str, bytes]:
     files = {CASCADE: manifest.to_json().encode()}
     for role, bundle in (("mask", mask), ("regions", regions)):
         files |= {f"{role}/{name}": data for name, data in bundle.contents()}
-    return _write_whole(output, files)
+    return files
 
 
 def _contents(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -75,11 +108,20 @@ def _write_whole(output: Path, whole: Mapping[str, bytes]) -> Path:
 
 def replace_bundle(bundle: Bundle, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     """Write a bundle in place of `bundle`, which stays as it is unless all succeeds; raises OutputError."""
-    check_replaceable(bundle)
-    path = bundle.path
+    return _replace_whole(bundle, _contents(manifest, files))
+
+
+def replace_cascade(cascade: Cascade, manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> Path:
+    """Write a cascade in place of `cascade`, as above; `mask` and `regions` lie elsewhere."""
+    return _replace_whole(cascade, _cascade_contents(manifest, mask, regions))
+
+
+def _replace_whole(model: Bundle | Cascade, whole: Mapping[str, bytes]) -> Path:
+    check_replaceable(model)
+    path = model.path
     zipped = path.is_file()
-    bundle.close()
-    with _staged(path, _contents(manifest, files), zipped) as staged:
+    model.close()
+    with _staged(path, whole, zipped) as staged:
         if zipped:
             os.replace(staged, path)
             return path

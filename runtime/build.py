@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemuse.engines.errors import BackendError, OutputError
+from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
     from edgemuse.engines.protocol import EngineOptions
-    from edgemuse.runtime.bundle import Bundle
+    from edgemuse.runtime.bundle import Bundle, Cascade
 
 
 def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -38,8 +39,10 @@ def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]
               "for more.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Folder for the engines.  [default: this machine's cache]")  # fmt: skip
+@model_dir_option
 def build(
     model: Path | None,
+    model_dir: Path | None,
     backend: str,
     precisions: tuple[str, ...],
     capabilities: tuple[str, ...],
@@ -47,41 +50,44 @@ def build(
 ) -> None:
     """Compile a bundle's engines, so that the first scan does not wait for it. Without BUNDLE: the built-in model.
 
+    BUNDLE may be a name that 'models list' shows, and a cascade such as DLMUSE, of which both networks are built.
+
     An engine is found again by the hash of its graph, the backend's version, the device and the shape of a tile. Those
     for other machines are copied into the folder that EDGEMUSE_CACHE_DIR names there; edgemuse and TensorRT-RTX must
     have the same versions there as here.
 
-    Prints the path, what it is for, size and seconds of each engine. One that cannot be built does not stop the
-    others.
+    Prints the path, what it is for, size and seconds of each engine, and of a cascade the network, mask or regions.
+    One that cannot be built does not stop the others.
 
     \b
     Examples:
       edgemuse build                                              this machine, what 'segment' would use
-      edgemuse build dlmuse.bundle --compute-capability 8.6 -o engines
-      EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz -m dlmuse.bundle -o out
+      edgemuse build dlmuse --compute-capability 8.6 -o engines
+      EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz -m dlmuse -o out
     """  # noqa: D301  # \b keeps click from wrapping the example
     from edgemuse.engines.protocol import EngineOptions
-    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.pipeline import default_cache_dir
     from edgemuse.runtime.store import find_model
 
     if capabilities and backend not in ("auto", "tensorrt"):
         raise click.UsageError(f"{backend} does not build for GPUs; --compute-capability is for tensorrt.")
-    bundle = open_bundle(find_model(model))
+    bundles = _networks(open_model(find_model(model, model_dir)))
     folder = output or default_cache_dir()
     options = EngineOptions("tensorrt" if capabilities else backend)
     jobs = [
-        (precision, capability)
+        (role, bundle, precision, capability)
+        for role, bundle in bundles.items()
         for precision in precisions or _stored(bundle, options, bool(capabilities))
         for capability in capabilities or (None,)
     ]
     failed = 0
-    for number, (precision, capability) in enumerate(jobs, 1):
-        what = f"{precision} for {capability or 'this machine'}"
+    for number, (role, bundle, precision, capability) in enumerate(jobs, 1):
+        what = f"{role} {precision} for {capability or 'this machine'}".lstrip()
         try:
             with _progress(f"{what} ({number} of {len(jobs)})") as progress:
                 line = _build(bundle, replace(options, precision=precision), folder, capability, progress)
-            click.echo(line)
+            click.echo(f"{line}\t{role}".rstrip())
         except BackendError as error:
             if len(jobs) == 1:
                 raise
@@ -89,6 +95,13 @@ def build(
             click.echo(f"edgemuse: {error}", err=True)
     if failed:
         raise BackendError(f"{failed} of {len(jobs)} engines not built")
+
+
+def _networks(model: Bundle | Cascade) -> dict[str, Bundle]:
+    """The bundle, or those of a cascade by their role."""
+    from edgemuse.runtime.bundle import Cascade
+
+    return model.bundles if isinstance(model, Cascade) else {"": model}
 
 
 def _stored(bundle: Bundle, options: EngineOptions, ahead: bool) -> list[str]:

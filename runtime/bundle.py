@@ -360,12 +360,17 @@ class Cascade:
         self.sha256 = hashlib.sha256(self.manifest_bytes).hexdigest()
         self.manifest = parse_cascade(self.manifest_bytes, path)
         self.mask, self.regions = (Bundle(path, role) for role in self.STAGES)
-        for role, bundle in zip(self.STAGES, (self.mask, self.regions), strict=True):
+        for role, bundle in self.bundles.items():
             if bundle.sha256 != self.manifest.stages[role]:
                 raise BundleError(f"{bundle.path}: another bundle than {CASCADE} lists; make the cascade again")
         fill = self.manifest.fill
         if fill is not None and fill.number != len(self.regions.labels):
             raise BundleError(f"{path}: the class filled in must have the number {len(self.regions.labels)}")
+
+    @property
+    def bundles(self) -> dict[str, Bundle]:
+        """Both, by their role, in the order in which they run."""
+        return dict(zip(self.STAGES, (self.mask, self.regions), strict=True))
 
     @property
     def name(self) -> str:
@@ -381,7 +386,7 @@ class Cascade:
     def contents(self) -> Iterator[tuple[str, bytes]]:
         """As of a bundle: `cascade.json` first, then the files of each stage, the stage's folder in the name."""
         yield CASCADE, self.manifest_bytes
-        for role, bundle in zip(self.STAGES, (self.mask, self.regions), strict=True):
+        for role, bundle in self.bundles.items():
             yield from ((f"{role}/{name}", data) for name, data in bundle.contents())
 
     def verify(self) -> None:

@@ -30,6 +30,7 @@ LAZY_COMMANDS = {
     "cascade": ("edgemuse.export.cascade", "cascade", "Join a brain mask bundle and a region bundle into one."),
     "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
     "tune": ("edgemuse.calibration.tune", "tune", "Find a bundle's fastest engine on this machine."),
+    "bench": ("edgemuse.bench.command", "bench", "Measure accuracy, time and memory against nnU-Net and others."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
 MODEL_COMMANDS = {

@@ -28,7 +28,7 @@ def describe_model(model: Bundle | Cascade) -> str:
         f"  mask          {'its largest component' if manifest.keep_largest else 'as found'}",
         f"  no label      {filled}",
         f"  bundle SHA-256 {model.sha256}",
-        *(f"stage {role}\n{describe_bundle(getattr(model, role))}" for role in model.STAGES),
+        *(f"stage {role}\n{describe_bundle(bundle)}" for role, bundle in model.bundles.items()),
     ]
     return "\n".join(lines)
 

@@ -217,7 +217,7 @@ class Segmenter:
         chosen = choose_engine(self.bundle, self.options.profile, asked)
         self.options = replace(self.options, engine=chosen)
         self.verdict = verdict(self.bundle, self.options.profile, chosen)
-        _warn_accuracy(self.options.profile, chosen.precision, self.verdict)
+        _warn_accuracy(self.bundle.name, self.options.profile, chosen.precision, self.verdict)
         return chosen
 
     def _open(self, tile: Shape, options: EngineOptions) -> Engine:
@@ -346,15 +346,16 @@ def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -
     return [paths[name] for name in outputs.NAMES if name in contents]
 
 
-def _warn_accuracy(profile: str, precision: str, gate: str) -> None:
+def _warn_accuracy(name: str, profile: str, precision: str, gate: str) -> None:
     """fp32 needs no proof, but may fail: tiles of another size have another normalisation."""
     if gate == "passed" or (precision == "fp32" and gate == NOT_MEASURED):
         return
     log.warning(
-        "the accuracy of %s with the profile %s is not proven for this bundle and backend: %s; 'edgemuse info' shows "
+        "the accuracy of %s with the profile %s is not proven for %s and this backend: %s; 'edgemuse info' shows "
         "what passed, 'edgemuse calibrate' measures",
         precision,
         profile,
+        name,
         gate,
     )
 

@@ -25,7 +25,7 @@ from edgemuse.runtime.cascade import (
     turn_to,
     turned_affine,
 )
-from edgemuse.runtime.geometry import shape_of, voxel_mm3
+from edgemuse.runtime.geometry import Reorientation, shape_of, voxel_mm3
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit
 from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch, admit, flagged
 from edgemuse.runtime.postprocess import largest_component
@@ -51,6 +51,19 @@ class Turned:
     image: Image
     affine: Affine
     zooms: Spacing
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What the second network gets of a scan: of `turned` the part at `box`, in `image` 0 outside the mask.
+
+    `turn`: from the scan's own grid to that of `turned`.
+    """
+
+    turn: Reorientation
+    turned: Turned
+    box: Box
+    image: Image
 
 
 class CascadeSegmenter:
@@ -101,6 +114,17 @@ class CascadeSegmenter:
         plausible = self.cascade.manifest.plausible_mm3
         return Subject(shown, classes, labels, scan.affine, scan.zooms, spacing, inside, plausible)
 
+    def crop(self, path: str | Path) -> Crop:
+        """What the second network gets of the NIfTI file at `path`. Raises a child of EdgemuseError."""
+        scan, memory = admit(path, self.plan, self.options.max_ram)
+        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
+        image, affine = turn.apply(read_image(scan)), turned_affine(scan.affine, scan.shape, turn)
+        turned = Turned(image, affine, turn.spacing(scan.zooms))
+        with self._room(self.mask, scan, memory):
+            _, mask = self._find_mask(scan, turned, Stopwatch("mask "), lambda done, total: None)
+        box, crop = self._crop(scan, turned, mask)
+        return Crop(turn, turned, box, crop)
+
     def plan(self, scan: Scan, crop: Shape | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, if what is inside the mask has the shape `crop` (None: a head)."""
         i, j, k = (min(size, math.ceil(HEAD_MM / zoom)) for size, zoom in zip(scan.shape, scan.zooms, strict=True))
@@ -130,10 +154,7 @@ class CascadeSegmenter:
         self, scan: Scan, turned: Turned, mask: Mask, watch: Stopwatch, progress: Progress
     ) -> tuple[Run, Box, Labels]:
         with watch.stage("crop"):
-            box = padded_box(mask, self.cascade.manifest.padding_percent)
-            crop = masked_crop(turned.image, mask, box)
-        if not crop.any():
-            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
+            box, crop = self._crop(scan, turned, mask)
         check_memory(scan, self.plan(scan, shape_of(crop)), self.options.max_ram)
         cropped = replace(scan, shape=shape_of(crop))
         with watch.stage("preprocess"):
@@ -145,6 +166,13 @@ class CascadeSegmenter:
             if self.cascade.manifest.fill is not None:
                 classes = fill(classes, mask, self.regions.bundle.labels, self.cascade.manifest.fill.number)
         return run, box, classes
+
+    def _crop(self, scan: Scan, turned: Turned, mask: Mask) -> tuple[Box, Image]:
+        box = padded_box(mask, self.cascade.manifest.padding_percent)
+        crop = masked_crop(turned.image, mask, box)
+        if not crop.any():
+            raise InputError(f"{scan.path}: every voxel inside the mask is 0, so there is nothing to segment")
+        return box, crop
 
     def _held(self, scan: Scan) -> int:
         """Bytes that stay for the second stage and for the way back: the scan, the mask, and its classes."""

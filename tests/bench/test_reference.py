@@ -1,5 +1,7 @@
 """The judge: float64 sums are nnU-Net's own steps, and its error bound holds for half precision, not for more."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from bundles import write_scan
@@ -8,6 +10,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip insta
 pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
 
 from edgemuse.bench.reference import Reference
+from edgemuse.bench.scans import labels_of
 
 
 @pytest.fixture
@@ -33,3 +36,19 @@ def test_a_wrong_label_is_not_explained_by_half_precision(scan, model_folder):
     exact = Reference(model_folder(), mirroring=False).exact(scan)
     labels = exact.labels()
     assert exact.explained((labels + 1) % 7, labels) < 0.5
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler about itself
+@pytest.mark.parametrize("variant", ["channels-last", "bf16", pytest.param("compile", marks=pytest.mark.slow)])
+def test_variants_run_the_same_network(variant, scan, model_folder, tmp_path):
+    folder, calls = model_folder(), []
+
+    def timed(name, function):
+        return lambda tile: calls.append(name) or function(tile)
+
+    reference = Reference(folder, mirroring=False)
+    expected = reference.labels(scan)
+    reference.run_as(variant, timed)
+    reference.segment(scan, tmp_path / "found.nii.gz", lambda name: contextlib.nullcontext())
+    assert set(calls) == {"infer"}
+    assert (labels_of(tmp_path / "found.nii.gz") == expected).mean() > (0.9 if variant == "bf16" else 0.999)

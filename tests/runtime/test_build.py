@@ -16,6 +16,7 @@ from bundles import (
     run_process,
     snapshot,
     tiny_bundle,
+    tiny_cascade,
     tiny_graph,
     write_scan,
 )
@@ -82,6 +83,36 @@ def test_engines_for_gpus_elsewhere(cli: CommandLine, gpu: Machine, model: Path,
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "-v", "--device", "gpu")
     assert ran.code == 0, ran.err
     assert "engine from cache" in ran.err
+
+
+def test_engines_of_a_cascade(cli: CommandLine, gpu: Machine, tmp_path: Path) -> None:
+    """Both networks, named in the last column, each with its own patch; then 'segment' finds both."""
+    (tmp_path / "models").mkdir()
+    model = tiny_cascade(tmp_path / "models" / "both.zip", mask={"patch": (24, 20, 28)})
+    driver, gpu.driver = gpu.driver, 0
+    arguments = ("--model-dir", tmp_path / "models", "--compute-capability", "8.6", "--compute-capability", "12.0")
+    ran = cli("build", "both", *arguments, "-o", tmp_path / "cache")
+    assert ran.code == 0, ran.err
+    lines, roles = zip(*(line.rsplit("\t", 1) for line in ran.out.splitlines()), strict=True)
+    assert roles == ("mask", "mask", "regions", "regions")
+    found = [LINE.fullmatch(line) for line in lines]
+    assert {Path(match[1]) for match in found if match} == set((tmp_path / "cache").iterdir())
+    assert "building regions fp32 for 8.6 (3 of 4)" in ran.err
+    gpu.driver = driver
+    scan = write_scan(tmp_path / "sub-01_T1w.nii.gz", head_image((40, 44, 36)))
+    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "-v")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("engine from cache") == 2
+
+
+def test_cascade_on_openvino_is_warmed(cli: CommandLine, tmp_path: Path) -> None:
+    model = tiny_cascade(tmp_path / "both.bundle")
+    ran = cli("build", model, "--backend", "openvino")
+    assert ran.code == 0, ran.err
+    assert [line.rsplit("\t", 1)[1] for line in ran.out.splitlines()] == ["mask", "regions"]
+    ran = cli("segment", write_scan(tmp_path / "a.nii.gz"), "-m", model, "-o", tmp_path / "out", "-v",
+              "--backend", "openvino")  # fmt: skip
+    assert ran.err.count("engine from cache") == 2
 
 
 def test_engine_file_is_what_the_library_made(cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path) -> None:

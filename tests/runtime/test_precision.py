@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import CommandLine, edit_manifest, gate_row, replace_file, tiny_bundle, tiny_graph, write_scan
+from bundles import (
+    CommandLine,
+    edit_manifest,
+    gate_row,
+    replace_file,
+    tiny_bundle,
+    tiny_cascade,
+    tiny_graph,
+    write_scan,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemuse.engines.errors import BundleError
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime import precision
-from edgemuse.runtime.bundle import Bundle, GateRow, open_bundle
+from edgemuse.runtime.bundle import CASCADE, Bundle, Cascade, GateRow, open_bundle
+from edgemuse.runtime.pipeline import Options
 from edgemuse.runtime.precision import choose_engine, verdict
+from edgemuse.runtime.stages import CascadeSegmenter
 
 AUTO = EngineOptions(backend="openvino", precision="auto")
 OFFERED = ("fp32", "int8")
@@ -58,6 +69,21 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_what_passed_and_is_faster(path: Path) -> None:
     assert chosen(with_gate(path, FP32, gate_row())) == "int8"
+
+
+@pytest.mark.parametrize("passed", [(), ("mask",), ("regions",), ("mask", "regions")], ids="+".join)
+def test_each_network_of_a_cascade_runs_in_what_passed_for_it(passed: tuple[str, ...], tmp_path: Path) -> None:
+    model = tiny_cascade(tmp_path / "tiny.bundle")
+    for role in Cascade.STAGES:
+        replace_file(model / role, "int8.onnx", (model / role / "fp32.onnx").read_bytes())
+        rows = FP32, gate_row(failures=() if role in passed else ("too far",))
+        with_gate(model / role, *rows, graphs={"fp32": "fp32.onnx", "int8": "int8.onnx"})
+    manifest = json.loads((model / CASCADE).read_text())
+    stages = {role: open_bundle(model / role).sha256 for role in Cascade.STAGES}
+    (model / CASCADE).write_text(json.dumps(manifest | {"stages": stages}))
+    with CascadeSegmenter(Cascade(model), Options("balanced", AUTO)) as segmenter:
+        found = {role: getattr(segmenter, role).options.engine.precision for role in Cascade.STAGES}
+    assert found == {role: "int8" if role in passed else "fp32" for role in Cascade.STAGES}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,7 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
         ((), ""),
         (
             ("agreement 0.9 is below 0.98",),
-            "int8 with the profile balanced is not proven for this bundle and backend: failed: agreement 0.9 is below",
+            "int8 with the profile balanced is not proven for tiny and this backend: failed: agreement 0.9 is below",
         ),
     ],
     ids=["passed", "failed"],
