@@ -137,7 +137,9 @@ def plain(job: Job, stages: Stages) -> Iterator[Segment]:
 @contextlib.contextmanager
 def _pipeline(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter) -> Iterator[Segment]:
     from edgemuse.runtime import head
+    from edgemuse.runtime.outputs import output_paths
     from edgemuse.runtime.pipeline import write
+    from edgemuse.runtime.scan import scan_stem
 
     def segment(scan: Path) -> dict[str, Any]:
         result = segmenter.segment(scan)
@@ -145,7 +147,7 @@ def _pipeline(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter)
             step = name.rpartition(" ")[2]  # of a cascade: "mask infer", "regions infer"
             stages.add(PIPELINE.get(step, step), seconds)
         with stages.stage("write"):
-            write(result, Path(job.output), with_picture=False)
+            write(result, output_paths(Path(job.output), scan_stem(scan)), with_picture=False)
         record = result.provenance
         return {"engine": _of_stages(record, "backend"), "profile": _of_stages(record, "profile")}
 

@@ -9,11 +9,11 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -21,8 +21,10 @@ from edgemuse.engines.errors import EdgemuseError
 from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
-    from edgemuse.runtime.pipeline import Options, Segmenter
-    from edgemuse.runtime.stages import CascadeSegmenter
+    from edgemuse.runtime.bundle import Bundle, Cascade
+    from edgemuse.runtime.jobs import Job
+    from edgemuse.runtime.many import Counts
+    from edgemuse.runtime.pipeline import Options
 
 LAZY_COMMANDS = {
     "build": ("edgemuse.runtime.build", "build", "Compile a bundle's engines ahead of time."),
@@ -71,6 +73,92 @@ class Commands(click.Group):
             formatter.write_dl(rows + [(name, row[2]) for name, row in self.lazy.items()])
 
 
+def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int]:
+    """`2/8` as (2, 8)."""
+    number, slash, count = (value or "1/1").partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise click.BadParameter(f"{value!r} is not I/N with I from 1 to N, such as 2/8")
+    return int(number), int(count)
+
+
+ENGINE_OPTIONS = (
+    click.option(
+        "-m",
+        "--model",
+        type=click.Path(path_type=Path),
+        metavar="BUNDLE",
+        help="A folder or a .zip that 'export' made, or a name that 'models list' shows.  [default: the built-in "
+        "model]",
+    ),
+    model_dir_option,
+    click.option(
+        "--profile",
+        type=click.Choice(["reference", "balanced", "fast"]),
+        default="reference",
+        show_default=True,
+        help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster. fast: "
+        "tiles as large as memory allows, at best the whole brain at once.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
+        default="auto",
+        show_default=True,
+        help="auto: what 'tune' found to be fastest here, or the first that works, see 'devices'.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
+        default="auto",
+        show_default=True,
+        help="auto: the fastest that passed the bundle's accuracy gate, see 'info'; fp32 with the profile reference.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'."),
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]"
+    ),
+    click.option(
+        "--max-ram",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="GIB",
+        help="Refuse a scan that needs more memory.  [default: 90 % of what is free]",
+    ),
+    click.option(
+        "--no-postprocess",
+        is_flag=True,
+        help="Keep islands: parts of a structure apart from its main part. "
+        "Bundles say which structures are in one piece; by default none.",
+    ),
+    click.option("--no-qc", is_flag=True, help="Write no picture."),
+    click.option(
+        "--overwrite",
+        is_flag=True,
+        help="Do scans again that are done, and replace whatever is in the way of the results.",
+    ),
+    click.option(
+        "--shard",
+        callback=_shard,
+        metavar="I/N",
+        help="Do the I-th of N parts of the scans alone, for job arrays: every scan is in one part.",
+    ),
+    click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Let the workers of a Dask cluster do it: the address of its scheduler, such as tcp://host:8786. They "
+        "need the same paths as this machine. See docs/cluster.md.",
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="One line a stage, and the planned memory."),
+)
+"""Of every command that segments."""
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that segments."""
+    for option in reversed(ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.group(cls=Commands, lazy=LAZY_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgemuse")
 @click.option("--debug", is_flag=True, help="Show a traceback where something fails.")
@@ -82,6 +170,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     First time here:
       edgemuse demo                                    segment a sample scan and look at the result
       edgemuse segment T1.nii.gz -o results            your own scan, with the built-in model
+      edgemuse segment FOLDER -o results               or all in a folder
     With your own nnU-Net:
       edgemuse export MODEL_FOLDER -o model.bundle     once, where PyTorch is installed
       edgemuse segment T1.nii.gz --model model.bundle -o results
@@ -90,58 +179,21 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 @cli.command()
-@click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="T1.nii.gz...")
+@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path), metavar="T1.nii.gz|FOLDER...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("-m", "--model", type=click.Path(path_type=Path), metavar="BUNDLE", help="A folder or a .zip that "
-              "'export' made, or a name that 'models list' shows.  [default: the built-in model]")  # fmt: skip
-@model_dir_option
-@click.option(
-    "--profile",
-    type=click.Choice(["reference", "balanced", "fast"]),
-    default="reference",
-    show_default=True,
-    help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster. fast: "
-    "tiles as large as memory allows, at best the whole brain at once.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
-    default="auto",
-    show_default=True,
-    help="auto: what 'tune' found to be fastest here, or the first that works, see 'devices'.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
-    default="auto",
-    show_default=True,
-    help="auto: the fastest that passed the bundle's accuracy gate, see 'info'; fp32 with the profile reference.",
-)
-@click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
-@click.option("--max-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Refuse a scan that needs "
-              "more memory.  [default: 90 % of what is free]")  # fmt: skip
-@click.option("--no-postprocess", is_flag=True, help="Keep islands: parts of a structure apart from its main part. "
-              "Bundles say which structures are in one piece; by default none.")  # fmt: skip
-@click.option("--no-qc", is_flag=True, help="Write no picture.")
-@click.option("--overwrite", is_flag=True, help="Replace results of an earlier run.")
-@click.option("-v", "--verbose", is_flag=True, help="One line a stage, and the planned memory.")
+@click.option("--list", "listed", type=click.File(encoding="utf-8"), metavar="FILE", help="More scans and folders: a "
+              "text file with a path a line; - reads them from stdin.")  # fmt: skip
+@engine_options
 @click.pass_context
 def segment(
     ctx: click.Context,
     /,
-    scans: tuple[Path, ...],
+    inputs: tuple[Path, ...],
     output: Path,
-    model: Path | None,
-    model_dir: Path | None,
-    max_ram: float | None,
-    no_postprocess: bool,
-    no_qc: bool,
-    overwrite: bool,
-    verbose: bool,
-    **engine: Any,
+    listed: IO[str] | None,
+    **options: Any,
 ) -> None:
-    """Segment one or more T1 scans (NIfTI).
+    """Segment T1 scans (NIfTI): files, or every T1 in a folder and below.
 
     For sub-01_T1w.nii.gz the folder OUTPUT receives
 
@@ -154,26 +206,97 @@ def segment(
       sub-01_qc.png           slices with the labels over them: look at it
 
     and their paths are printed. Where a result should be looked at before it is used (the brain cut off, structures
-    missing or in pieces, strong noise, ...), a line says why, and so do the provenance and the picture. A scan that
-    cannot be segmented does not stop the others. Exit code: 0 all done, 2 bad input or usage, 1 another failure.
-    """  # noqa: D301 click reads the backspace itself
-    _show_log(verbose)
-    _bind_threads(engine["threads"])
-    from edgemuse.runtime.bundle import open_model
-    from edgemuse.runtime.outputs import prepare_folder
-    from edgemuse.runtime.stages import segmenter_of
-    from edgemuse.runtime.store import find_model
+    missing or in pieces, strong noise, ...), a line says why, and so do the provenance and the picture.
 
-    opened = open_model(find_model(model, model_dir))
-    prepare_folder(scans, output, overwrite)
-    codes = []
-    with segmenter_of(opened, _options(max_ram, not no_postprocess, **engine)) as segmenter:
-        for scan in scans:
-            codes.append(_guard(partial(_segment_one, segmenter, scan, output, not no_qc), debug=ctx.obj))
-    if any(codes):
-        if len(scans) > 1:
-            click.echo(f"edgemuse: {sum(map(bool, codes))} of {len(scans)} scans failed", err=True)
-        ctx.exit(FAILURE if FAILURE in codes else BAD_INPUT)
+    Of a folder every NIfTI file is taken that is not named after another kind of image (_T2w, _bold, _mask, _dseg, ...)
+    and its sub-folders are made again in OUTPUT. A scan that cannot be segmented does not stop the others. A run that
+    was interrupted goes on where it stopped: give the same command again. Several processes may work on the same scans
+    and OUTPUT at once; on a cluster's file system, where locks may not work, give each its own --shard.
+
+    Exit code: 0 all done, 2 bad input or usage, 1 another failure.
+    """  # noqa: D301 click reads the backspace itself
+
+    def find(_: Bundle | Cascade) -> list[Job]:
+        from edgemuse.runtime.jobs import find_jobs, read_list
+
+        return find_jobs([*inputs, *(read_list(listed) if listed else ())], output)
+
+    if not inputs and listed is None:
+        raise click.UsageError("Missing argument 'T1.nii.gz|FOLDER...'.")
+    ctx.exit(_segment_all(find, output, ctx.obj, **options))
+
+
+class BidsApp(click.Command):
+    """Options of labels take several words, as BIDS Apps do: `--participant-label 01 02`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give every label an option of its own, which is how click reads them."""
+        spread, option = list[str](), ""
+        for word in args:
+            if word.startswith("-"):
+                name = word.replace("_", "-")
+                option = name if name in ("--participant-label", "--session-label") else ""
+                spread.append(option or word)
+            else:
+                spread += [option, word] if option and spread[-1] != option else [word]
+        return super().parse_args(ctx, spread)
+
+
+@cli.command(cls=BidsApp)
+@click.argument("dataset", metavar="BIDS_DIR", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUTPUT_DIR", type=click.Path(path_type=Path))
+@click.argument("level", metavar="participant|group", type=click.Choice(["participant", "group"]))
+@click.option("--participant-label", "participants", multiple=True, metavar="LABEL...",
+              help="These participants alone; with or without sub-.")  # fmt: skip
+@click.option("--session-label", "sessions", multiple=True, metavar="LABEL...",
+              help="These sessions alone; with or without ses-.")  # fmt: skip
+@engine_options
+@click.pass_context
+def bids(
+    ctx: click.Context,
+    /,
+    dataset: Path,
+    output: Path,
+    level: str,
+    participants: tuple[str, ...],
+    sessions: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Segment the T1w images of a BIDS dataset, as a BIDS App does.
+
+    participant: every sub-*/[ses-*/]anat/*_T1w.nii[.gz] of BIDS_DIR gives, in the same place of OUTPUT_DIR,
+
+    \b
+      sub-01_seg-MODEL_dseg.nii.gz   labels on the image's own grid
+      sub-01_seg-MODEL_dseg.tsv      what the labels mean
+      sub-01_seg-MODEL_dseg.json     how they were made
+      sub-01_seg-MODEL_volumes.tsv   voxels and mm3 of every structure
+      sub-01/figures/sub-01_seg-MODEL_qc.png
+
+    and with DLMUSE its table of volumes. OUTPUT_DIR becomes a BIDS derivative dataset. What is done already is
+    skipped, and several processes may work at once, as with 'segment'.
+
+    group: the tables of volumes in OUTPUT_DIR are merged into one, group_seg-MODEL_volumes.tsv.
+
+    \b
+    Example:
+      edgemuse bids data data/derivatives/edgemuse participant --participant-label 01 02
+      edgemuse bids data data/derivatives/edgemuse group
+    """  # noqa: D301 click reads the backspace itself
+    if level == "group":
+        from edgemuse.runtime.bids import merge_tables
+
+        click.echo("\n".join(map(str, merge_tables(output, participants))))
+        return
+
+    def find(opened: Bundle | Cascade) -> list[Job]:
+        from edgemuse.runtime.bids import find_jobs, start_dataset
+
+        jobs = find_jobs(dataset, output, opened.name, participants, sessions)
+        start_dataset(dataset, output)
+        return jobs
+
+    ctx.exit(_segment_all(find, output, ctx.obj, **options))
 
 
 @cli.command()
@@ -209,7 +332,7 @@ def demo(output: Path, threads: int | None) -> None:
     _bind_threads(threads)
     from edgemuse.runtime.demo import run
 
-    with _progress(Path("sample")) as progress:
+    with _progress("sample") as progress:
         report, paths = run(output, threads, progress)
     click.echo(report, err=True)
     for path in paths:
@@ -314,22 +437,135 @@ def _options(max_ram: float | None, postprocess: bool, profile: str, **engine: A
     return Options(profile, EngineOptions(**engine, cache_dir=default_cache_dir()), max_ram, postprocess)
 
 
-def _segment_one(segmenter: Segmenter | CascadeSegmenter, scan: Path, output: Path, qc: bool) -> None:
-    from edgemuse.runtime.pipeline import write
+def _segment_all(
+    find: Callable[[Bundle | Cascade], list[Job]],
+    output: Path,
+    debug: bool,
+    *,
+    model: Path | None,
+    model_dir: Path | None,
+    shard: tuple[int, int],
+    scheduler: str | None,
+    max_ram: float | None,
+    no_postprocess: bool,
+    no_qc: bool,
+    overwrite: bool,
+    verbose: bool,
+    **engine: Any,
+) -> int:
+    """Segment the jobs that `find` makes for the model; returns the exit code."""
+    _show_log(verbose)
+    _bind_threads(engine["threads"])
+    from edgemuse.runtime.bundle import open_model
+    from edgemuse.runtime.extras import needs_extra
+    from edgemuse.runtime.jobs import shard as part
+    from edgemuse.runtime.many import Batch, wanted
+    from edgemuse.runtime.outputs import prepare_folder
+    from edgemuse.runtime.stages import segmenter_of
+    from edgemuse.runtime.store import find_model
 
-    with _progress(scan) as progress:
-        result = segmenter.segment(scan, progress)
-    for path in write(result, output, qc):
-        click.echo(path)
+    opened = open_model(find_model(model, model_dir))
+    options = _options(max_ram, not no_postprocess, **engine)
+    jobs = part(find(opened), *shard)
+    prepare_folder(output)
+    screen = Screen(len(jobs), debug)
+    if scheduler:
+        with needs_extra("cluster", "--scheduler", "distributed"):
+            from edgemuse.runtime import cluster
+        task = cluster.Task(opened.path, opened.sha256, options, not no_qc, overwrite)
+        counts = cluster.run(scheduler, task, jobs, screen)
+    else:
+        with segmenter_of(opened, options) as segmenter:
+            batch = Batch(segmenter, wanted(opened.sha256, options), screen, not no_qc, overwrite)
+            counts = batch.run(jobs)
+    screen.summary(counts)
+    return (FAILURE if FAILURE in counts.codes else BAD_INPUT) if counts.codes else 0
+
+
+class Screen:
+    """Tells people how far a run over `total` scans is. Of a single scan only the results are told."""
+
+    def __init__(self, total: int, debug: bool) -> None:
+        self.total, self.debug = total, debug
+        self._started, self._begun, self._handled = time.perf_counter(), 0, 0
+        self._waiting = False
+
+    def guard(self, work: Callable[[], None]) -> int:
+        """Run `work`; what it raises becomes a line and the exit code."""
+        return _guard(work, self.debug)
+
+    @contextmanager
+    def scan(self, job: Job) -> Iterator[Callable[[int, int], None]]:
+        """A bar of tiles where stderr is a terminal, else a line when the network is done with the scan."""
+        self._handled += 1
+        number, left = f"{self._handled}/{self.total} " if self.total > 1 else "", self._left()
+        with _progress(f"{number}{job.scan.name}{left and f' ({left})'}") as progress:
+            start = time.perf_counter()
+            yield progress
+        self._begun += 1
+        if not sys.stderr.isatty():
+            self._line(job, time.perf_counter() - start)
+
+    def elsewhere(self, job: Job, seconds: float | None) -> None:
+        """A worker on some machine has done it in `seconds`; None: it could not."""
+        self._handled += 1
+        if seconds is not None:
+            self._begun += 1
+            self._line(job, seconds)
+
+    def _line(self, job: Job, seconds: float) -> None:
+        if self.total > 1:
+            left = self._left()
+            self._say(f"{self._handled}/{self.total} {job.scan}: {_duration(seconds)}{left and f', {left}'}")
+
+    def _left(self) -> str:
+        rest = self.total - self._handled
+        if not self._begun or not rest:
+            return ""
+        return f"about {_duration((time.perf_counter() - self._started) / self._begun * rest)} left"
+
+    def skipped(self, job: Job) -> None:
+        """It is done already."""
+        self._handled += 1
+        self._say(f"{job.scan}: done already, skipped; --overwrite does it again")
+
+    def waiting(self, count: int) -> None:
+        """Other processes work on the `count` scans that are left."""
+        if not self._waiting:
+            self._say(f"waiting for {count} scan{'s' * (count > 1)} that other processes work on")
+        self._waiting = True
+
+    def written(self, paths: list[Path]) -> None:
+        """The paths of the results, on stdout."""
+        click.echo("\n".join(map(str, paths)))
+
+    def summary(self, counts: Counts) -> None:
+        """How many scans came to what."""
+        if self.total > 1:
+            rows = [(counts.segmented, "segmented"), (counts.skipped, "done before"), (len(counts.codes), "failed")]
+            said = ", ".join(f"{count} {what}" for count, what in rows if count)
+            self._say(f"{self.total} scans: {said}; {_duration(time.perf_counter() - self._started)}")
+
+    def _say(self, line: str) -> None:
+        click.echo(f"edgemuse: {line}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    """As `4.2 s`, `3 min 20 s` or `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 @contextmanager
-def _progress(scan: Path) -> Iterator[Callable[[int, int], None]]:
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of tiles on stderr where that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    with click.progressbar(length=1, label=scan.name, file=sys.stderr, show_eta=True) as bar:
+    with click.progressbar(length=1, label=label, file=sys.stderr, show_eta=True) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.length = total

@@ -13,9 +13,9 @@ from edgemuse.runtime.builtin import BUILT_IN, SAMPLE_SCAN, SAMPLE_TRUTH
 from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.geometry import voxel_mm3
 from edgemuse.runtime.labels import to_indices
-from edgemuse.runtime.outputs import prepare_folder
+from edgemuse.runtime.outputs import output_paths, prepare_folder
 from edgemuse.runtime.pipeline import Options, Segmentation, Segmenter, write
-from edgemuse.runtime.scan import open_scan, read_image
+from edgemuse.runtime.scan import open_scan, read_image, scan_stem
 from edgemuse.runtime.types import Labels
 
 SHOWN = {
@@ -36,12 +36,12 @@ SHOWN = {
 def run(output: Path, threads: int | None, progress: Callable[[int, int], None]) -> tuple[str, list[Path]]:
     """Segment the sample into `output`; returns the report and the paths written."""
     bundle = open_bundle(BUILT_IN)
-    prepare_folder([SAMPLE_SCAN], output, overwrite=True)
+    prepare_folder(output)
     options = Options()
     options = replace(options, engine=replace(options.engine, threads=threads))
     with Segmenter(bundle, options) as segmenter:
         segmentation = segmenter.segment(SAMPLE_SCAN, progress)
-    paths = write(segmentation, output)
+    paths = write(segmentation, output_paths(output, scan_stem(SAMPLE_SCAN)))
     found = to_indices(segmentation.classes, bundle.manifest.labels)
     truth = read_image(open_scan(SAMPLE_TRUTH)).astype(found.dtype)
     return report(segmentation, found, truth), paths

@@ -44,6 +44,16 @@ class MemoryPlan:
         """Peak bytes of the process."""
         return BASE + self.scan + self.engine + max(self.preprocessing, self.features)
 
+    @property
+    def ahead(self) -> int:
+        """Bytes that reading and preprocessing take beside the network of another scan."""
+        return self.scan + self.preprocessing
+
+    @property
+    def behind(self) -> int:
+        """Bytes that the results take while they are written: classes, grey values, and the label map twice."""
+        return self.scan
+
     def __str__(self) -> str:
         parts = [
             ("scan", self.scan),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import os
 import secrets
 import stat
@@ -12,36 +13,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgemuse.engines.errors import InputError, OutputError
-from edgemuse.runtime.scan import Scan, scan_stem
+from edgemuse.engines.errors import OutputError
+from edgemuse.runtime.scan import Scan
 from edgemuse.runtime.types import Labels
 
 DLMUSE_CSV = "DLMUSE_Volumes.csv"
 """Written for DLMUSE's labels alone."""
-NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", DLMUSE_CSV, "provenance.json", "qc.png")
+PROVENANCE = "provenance.json"
+NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", DLMUSE_CSV, PROVENANCE, "qc.png")
 COMPRESSION = 4
 """gzip level: label maps shrink hardly more at higher ones."""
 
 
-def output_paths(scan: Path, folder: Path) -> dict[str, Path]:
-    """Where the results of `scan` go, by their name in `NAMES`."""
-    return {name: folder / f"{scan_stem(scan)}_{name}" for name in NAMES}
+def output_paths(folder: Path, stem: str) -> dict[str, Path]:
+    """Where the results of the scan called `stem` go, by their name in `NAMES`."""
+    return {name: folder / f"{stem}_{name}" for name in NAMES}
 
 
-def prepare_folder(scans: Iterable[Path], folder: Path, overwrite: bool) -> None:
-    """Make `folder` and see that results can be written there, before any work is done.
-
-    Raises:
-        InputError: two scans would give results of the same name.
-        OutputError: results exist already and `overwrite` is False, or the folder cannot be written.
-    """
-    by_stem: dict[str, Path] = {}
-    for scan in scans:
-        other = by_stem.setdefault(scan_stem(scan), scan)
-        if other is not scan:
-            raise InputError(f"{other} and {scan} would both give {scan_stem(scan)}_*; segment them into two folders")
-        for path in output_paths(scan, folder).values():
-            _check_free(path, overwrite)
+def prepare_folder(folder: Path) -> None:
+    """Make `folder`; raises OutputError if files cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -50,17 +40,20 @@ def prepare_folder(scans: Iterable[Path], folder: Path, overwrite: bool) -> None
         raise OutputError(f"{folder}: cannot write there ({error.strerror})") from error
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    try:
-        kind = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-    if stat.S_ISDIR(kind):
-        raise OutputError(f"{path} is a folder; choose another folder for the results")
-    if not overwrite:
-        raise OutputError(f"{path} exists; choose another folder, or replace it with --overwrite")
+def present(paths: Mapping[str, Path]) -> list[str]:
+    """The names of `paths` that exist; raises OutputError where a folder stands in the way."""
+    found = []
+    for name, path in paths.items():
+        try:
+            kind = path.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        if stat.S_ISDIR(kind):
+            raise OutputError(f"{path} is a folder; choose another folder for the results")
+        found.append(name)
+    return found
 
 
 def nifti_bytes(indices: Labels, scan: Scan) -> bytes:
@@ -93,6 +86,17 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file so that it appears whole, whoever else does the same; raises OutputError."""
+    temporary = _beside(path)
+    try:
+        with _reported(path):
+            _write(temporary, data)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _replace(temporaries: Mapping[Path, Path]) -> None:
     kept: dict[Path, Path] = {}
     placed: list[Path] = []
@@ -101,7 +105,8 @@ def _replace(temporaries: Mapping[Path, Path]) -> None:
             with _reported(path):
                 if path.exists():
                     kept[path] = _beside(path)
-                    os.replace(path, kept[path])
+                    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                        os.replace(path, kept[path])
                 os.replace(temporary, path)
                 placed.append(path)
     except OutputError:
@@ -123,8 +128,21 @@ def _reported(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
 
 
+def discard_parts(paths: Iterable[Path]) -> None:
+    """Remove what a killed process left of files that it was writing to `paths`; nobody else may be writing them."""
+    for path in paths:
+        for part in path.parent.glob(f".{_mark(path)}-*.part"):
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{secrets.token_hex(8)}.part")
+    return path.with_name(f".{_mark(path)}-{secrets.token_hex(4)}.part")
+
+
+def _mark(path: Path) -> str:
+    """Stands for the file's name where the whole name could be too long."""
+    return hashlib.sha256(path.name.encode()).hexdigest()[:16]
 
 
 def _write(path: Path, data: bytes) -> None:

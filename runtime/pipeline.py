@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -53,6 +54,11 @@ from edgemuse.runtime.volumes import dlmuse_csv, volumes_tsv
 
 log = logging.getLogger("edgemuse")
 
+Progress = Callable[[int, int], None]
+"""Told how many tiles of how many are done."""
+Planned = Callable[[int, bool], None]
+"""Told, before a network runs, the bytes that the process will take at most, and whether it is the scan's last."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -88,6 +94,31 @@ class Segmentation:
     flags: tuple[Flag, ...]
     seconds: dict[str, float]
     provenance: dict[str, Any]
+
+
+@dataclass
+class Loaded:
+    """A scan that waits for the network.
+
+    Attributes:
+        scan: where it comes from.
+        memory: what it takes at most.
+        shown: (i, j, k) its intensities as grey values.
+        prepared: the network's input, until it is taken.
+        watch: the seconds so far.
+    """
+
+    scan: Scan
+    memory: MemoryPlan
+    shown: NDArray[np.uint8]
+    prepared: Prepared | None
+    watch: Stopwatch
+
+    def take(self) -> Prepared:
+        """The network's input, once: its memory is given back as soon as the network has run."""
+        prepared, self.prepared = self.prepared, None
+        assert prepared is not None
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -129,27 +160,37 @@ class Segmenter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine takes memory."""
+        return self._engine is not None
+
     def close(self) -> None:
         """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
 
-    def segment(
-        self, path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> Segmentation:
+    def segment(self, path: str | Path, progress: Progress = lambda done, total: None) -> Segmentation:
         """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
+        return self.finish(self.prepare(path), progress)
+
+    def prepare(self, path: str | Path) -> Loaded:
+        """Everything before the network; may run in a thread beside `finish` of another scan."""
         watch = Stopwatch()
         with watch.stage("load"):
-            scan, _ = admit(path, self.plan, self.options.max_ram)
+            scan, memory = admit(path, self.plan, self.options.max_ram)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
             shown = picture.to_bytes(image)
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
-            del image
-        run = self.run(scan, prepared, watch, progress)
-        del prepared
+        return Loaded(scan, memory, shown, prepared, watch)
+
+    def finish(self, loaded: Loaded, progress: Progress, planned: Planned = lambda total, last: None) -> Segmentation:
+        """The network and everything after it; `planned` hears of the memory before the network runs."""
+        scan, shown, watch = loaded.scan, loaded.shown, loaded.watch
+        run = self.run(scan, loaded.take(), watch, progress, planned)
         with watch.stage("quality"):
             subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
             flags = flagged(scan, subject)
@@ -161,11 +202,13 @@ class Segmenter:
         scan: Scan,
         prepared: Prepared,
         watch: Stopwatch,
-        progress: Callable[[int, int], None],
+        progress: Progress,
+        planned: Planned,
         held: int = 0,
     ) -> Run:
         """From the network's input, made of `scan`, to classes on its grid. `held`: bytes taken by other things."""
         plan, memory = self._tiles(scan, shape_of(prepared.image), held)
+        planned(memory.total + held, True)
         with watch.stage("engine"):
             engine = self.engine(plan.patch)
         with watch.stage("infer"):
@@ -228,9 +271,7 @@ class Segmenter:
         self._instead_of = reason
         return self._choose(replace(self._asked, device="CPU"))
 
-    def _classes(
-        self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Callable[[int, int], None]
-    ) -> Labels:
+    def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
         slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count))
@@ -264,6 +305,7 @@ class Segmenter:
                 "mm": scan.zooms,
             },
             "model": {"name": self.bundle.manifest.name, "sha256": self.bundle.sha256},
+            "asked": asked(self.options.profile, self._asked, self.options.postprocess),
             "backend": {
                 "name": engine.backend,
                 "version": engine.version,
@@ -291,8 +333,12 @@ class Segmenter:
 class Stopwatch:
     """Seconds of each stage, logged as they end; `prefix` stands before every name."""
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix, self.seconds = prefix, dict[str, float]()
+    def __init__(self, prefix: str = "", seconds: dict[str, float] | None = None) -> None:
+        self.prefix, self.seconds = prefix, {} if seconds is None else seconds
+
+    def within(self, prefix: str) -> Stopwatch:
+        """The same watch for stages whose names begin with `prefix`."""
+        return Stopwatch(prefix, self.seconds)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -320,10 +366,49 @@ def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
     return flags
 
 
-def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -> list[Path]:
-    """Write the label map, its legend, the volumes, the provenance and a picture into `folder`; returns their paths."""
-    labels, scan = segmentation.labels, segmentation.scan
+def asked(profile: str, engine: EngineOptions, postprocess: bool) -> dict[str, Any]:
+    """What the user asked for that may change labels, for the provenance."""
+    return {
+        "profile": profile,
+        "backend": engine.backend,
+        "device": engine.device,
+        "precision": engine.precision,
+        "postprocess": postprocess,
+    }
+
+
+def write(
+    segmentation: Segmentation,
+    paths: Mapping[str, Path],
+    with_picture: bool = True,
+    notes: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write the label map, its legend, the volumes, the provenance and a picture to `paths`.
+
+    Args:
+        segmentation: what to write.
+        paths: by their name in `outputs.NAMES`.
+        with_picture: whether to make one.
+        notes: what the provenance says besides.
+
+    Returns:
+        The files written. The provenance, which lists the hashes of the others, is placed first: where the process is
+        killed halfway, it tells what is missing.
+    """
     start = time.perf_counter()
+    contents = _results(segmentation, with_picture)
+    seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    provenance = {**(notes or {}), **segmentation.provenance, "seconds": seconds, "files": files}
+    record = {outputs.PROVENANCE: (json.dumps(provenance, indent=2) + "\n").encode()}
+    contents = record | contents
+    outputs.write_files({paths[name]: data for name, data in contents.items()})
+    return [paths[name] for name in outputs.NAMES if name in contents]
+
+
+def _results(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
+    """All files but the provenance."""
+    labels, scan = segmentation.labels, segmentation.scan
     voxels, mm3 = structure_voxels(count_voxels(segmentation.classes, labels), labels), voxel_mm3(scan.affine)
     contents = {
         "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
@@ -338,12 +423,7 @@ def write(segmentation: Segmentation, folder: Path, with_picture: bool = True) -
         names = [flag.name for flag in segmentation.flags]
         shown, classes = segmentation.shown, segmentation.classes
         contents["qc.png"] = picture.picture(shown, classes, scan.affine, labels, caption, names)
-    seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
-    provenance = segmentation.provenance | {"seconds": seconds}
-    contents["provenance.json"] = (json.dumps(provenance, indent=2) + "\n").encode()
-    paths = outputs.output_paths(scan.path, folder)
-    outputs.write_files({paths[name]: contents[name] for name in outputs.NAMES if name in contents})
-    return [paths[name] for name in outputs.NAMES if name in contents]
+    return contents
 
 
 def _warn_accuracy(name: str, profile: str, precision: str, gate: str) -> None:

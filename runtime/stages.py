@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,18 @@ from edgemuse.runtime.cascade import (
 )
 from edgemuse.runtime.geometry import Reorientation, shape_of, voxel_mm3
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit
-from edgemuse.runtime.pipeline import Options, Run, Segmentation, Segmenter, Stopwatch, admit, flagged
+from edgemuse.runtime.pipeline import (
+    Loaded,
+    Options,
+    Planned,
+    Progress,
+    Run,
+    Segmentation,
+    Segmenter,
+    Stopwatch,
+    admit,
+    flagged,
+)
 from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box, preprocess
 from edgemuse.runtime.quality import Subject
@@ -41,7 +52,8 @@ HEAD_MM = 240.0
 """The most that a padded box around an adult's intracranial volume measures; planned for before the mask is known."""
 PER_STAGE = ("model", "backend", "profile", "postprocess")
 """What the provenance says of each stage."""
-Progress = Callable[[int, int], None]
+IN_MASK, IN_REGIONS = "mask ", "regions "
+"""Before the names of their stages."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,13 @@ class Crop:
     image: Image
 
 
+@dataclass
+class LoadedTurned(Loaded):
+    """A scan that waits for the first network, `prepared` for it; `turned`: as the second will need it."""
+
+    turned: Turned
+
+
 class CascadeSegmenter:
     """A cascade and its two engines, ready for any number of scans. Use it as a context manager."""
 
@@ -82,6 +101,10 @@ class CascadeSegmenter:
 
     def segment(self, path: str | Path, progress: Progress = lambda done, total: None) -> Segmentation:
         """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
+        return self.finish(self.prepare(path), progress)
+
+    def prepare(self, path: str | Path) -> LoadedTurned:
+        """Everything before the first network; may run in a thread beside `finish` of another scan."""
         watch = Stopwatch()
         with watch.stage("load"):
             scan, memory = admit(path, self.plan, self.options.max_ram)
@@ -89,25 +112,39 @@ class CascadeSegmenter:
             shown = picture.to_bytes(image)
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
         turned = Turned(turn.apply(image), turned_affine(scan.affine, scan.shape, turn), turn.spacing(scan.zooms))
-        del image
-        in_mask, in_regions = Stopwatch("mask "), Stopwatch("regions ")
+        with watch.within(IN_MASK).stage("preprocess"):
+            prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
+        return LoadedTurned(scan, memory, shown, prepared, watch, turned)
+
+    def finish(
+        self, loaded: LoadedTurned, progress: Progress, planned: Planned = lambda total, last: None
+    ) -> Segmentation:
+        """Both networks and everything after them; `planned` hears of the memory before each runs."""
+        scan, memory, shown, watch = loaded.scan, loaded.memory, loaded.shown, loaded.watch
         with self._room(self.mask, scan, memory):
-            first, mask = self._find_mask(scan, turned, in_mask, progress)
+            kept = self.regions.plan(scan).engine if self.regions.is_open else 0
+            first, mask = self._find_mask(loaded, progress, lambda total, _: planned(total + kept, False))
         with self._room(self.regions, scan, memory):
-            second, box, classes = self._label(scan, turned, mask, in_regions, _after(first.plan.count, progress))
+            kept = self.mask.plan(scan).engine if self.mask.is_open else 0
+            progress = _after(first.plan.count, progress)
+            second, box, classes = self._label(loaded, mask, progress, lambda total, last: planned(total + kept, last))
+        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
         found, inside = turn.undo(classes), turn.undo(mask)
         with watch.stage("quality"):
             flags = flagged(scan, self._subject(scan, shown, found, inside))
-        seconds = watch.seconds | in_mask.seconds | in_regions.seconds
         held = self._held(scan)
-        planned = max(memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan)
-        record = self._record(scan, first, second, planned, seconds)
+        planned_bytes = max(
+            memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan
+        )
+        record = self._record(scan, first, second, planned_bytes, watch.seconds)
         record["mask"] = {
             "voxels": int(mask.sum()),
             "mm3": float(mask.sum() * voxel_mm3(scan.affine)),
             "crop": _sides(box),
         }
-        return Segmentation(scan, shown, found, self.cascade.labels, flags, seconds, record | quality.record(flags))
+        return Segmentation(
+            scan, shown, found, self.cascade.labels, flags, watch.seconds, record | quality.record(flags)
+        )
 
     def _subject(self, scan: Scan, shown: NDArray[np.uint8], classes: Labels, inside: Mask) -> Subject:
         labels, spacing = self.cascade.labels, self.regions.network.spacing
@@ -116,14 +153,12 @@ class CascadeSegmenter:
 
     def crop(self, path: str | Path) -> Crop:
         """What the second network gets of the NIfTI file at `path`. Raises a child of EdgemuseError."""
-        scan, memory = admit(path, self.plan, self.options.max_ram)
-        turn = turn_to(scan.affine, self.cascade.manifest.orientation)
-        image, affine = turn.apply(read_image(scan)), turned_affine(scan.affine, scan.shape, turn)
-        turned = Turned(image, affine, turn.spacing(scan.zooms))
-        with self._room(self.mask, scan, memory):
-            _, mask = self._find_mask(scan, turned, Stopwatch("mask "), lambda done, total: None)
-        box, crop = self._crop(scan, turned, mask)
-        return Crop(turn, turned, box, crop)
+        loaded = self.prepare(path)
+        with self._room(self.mask, loaded.scan, loaded.memory):
+            _, mask = self._find_mask(loaded, lambda done, total: None, lambda total, last: None)
+        box, image = self._crop(loaded.scan, loaded.turned, mask)
+        turn = turn_to(loaded.scan.affine, self.cascade.manifest.orientation)
+        return Crop(turn, loaded.turned, box, image)
 
     def plan(self, scan: Scan, crop: Shape | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, if what is inside the mask has the shape `crop` (None: a head)."""
@@ -136,10 +171,9 @@ class CascadeSegmenter:
             features=max(mask.features, regions.features),
         )
 
-    def _find_mask(self, scan: Scan, turned: Turned, watch: Stopwatch, progress: Progress) -> tuple[Run, Mask]:
-        with watch.stage("preprocess"):
-            prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
-        run = self.mask.run(scan, prepared, watch, lambda done, total: progress(done, 2 * total), self._held(scan))
+    def _find_mask(self, loaded: LoadedTurned, progress: Progress, planned: Planned) -> tuple[Run, Mask]:
+        scan, watch, held = loaded.scan, loaded.watch.within(IN_MASK), self._held(loaded.scan)
+        run = self.mask.run(scan, loaded.take(), watch, lambda done, total: progress(done, 2 * total), planned, held)
         outside = np.array([label.index == 0 for label in self.mask.bundle.labels])
         mask: Mask = ~outside[run.classes]
         if self.cascade.manifest.keep_largest:
@@ -150,9 +184,8 @@ class CascadeSegmenter:
             )
         return run, mask
 
-    def _label(
-        self, scan: Scan, turned: Turned, mask: Mask, watch: Stopwatch, progress: Progress
-    ) -> tuple[Run, Box, Labels]:
+    def _label(self, loaded: LoadedTurned, mask: Mask, progress: Progress, planned: Planned) -> tuple[Run, Box, Labels]:
+        scan, turned, watch = loaded.scan, loaded.turned, loaded.watch.within(IN_REGIONS)
         with watch.stage("crop"):
             box, crop = self._crop(scan, turned, mask)
         check_memory(scan, self.plan(scan, shape_of(crop)), self.options.max_ram)
@@ -160,7 +193,8 @@ class CascadeSegmenter:
         with watch.stage("preprocess"):
             prepared = preprocess(crop, turned.affine, turned.zooms, self.regions.network)
             del crop
-        run = self.regions.run(cropped, prepared, watch, progress, self._held(scan) + self.mask.plan(scan).scan)
+        held = self._held(scan) + self.mask.plan(scan).scan
+        run = self.regions.run(cropped, prepared, watch, progress, planned, held)
         with watch.stage("paste"):
             classes = paste(run.classes, box, shape_of(turned.image))
             if self.cascade.manifest.fill is not None:

@@ -25,18 +25,8 @@ WRITTEN = tuple(name for name in NAMES if name != DLMUSE_CSV)
 COMMANDS = ("segment", "info", "demo", "devices", "models")
 OPTIONS = {
     "segment": [
-        *(
-            "--output",
-            "--model",
-            "--model-dir",
-            "--profile",
-            "--backend",
-            "--precision",
-            "--device",
-            "--threads",
-            "--max-ram",
-        ),
-        *("--no-postprocess", "--no-qc", "--overwrite", "--verbose"),
+        *("--output", "--model", "--model-dir", "--profile", "--backend", "--precision", "--device", "--threads"),
+        *("--max-ram", "--no-postprocess", "--no-qc", "--overwrite", "--verbose", "--list", "--shard"),
     ],
     "info": ["BUNDLE", "--model-dir", "--card"],
     "demo": ["--output", "--threads"],
@@ -98,8 +88,11 @@ def test_version(cli: CommandLine) -> None:
     ("arguments", "reason"),
     [
         (["segment", "--colour"], "No such option"),
+        (["segment", "x.nii", "-o", "o", "--shard", "3/2"], "'3/2' is not I/N"),
+        (["segment", "x.nii", "-o", "o", "--shard", "1"], "'1' is not I/N"),
+        (["segment", "-o", "o", "--list", "nowhere.txt"], "nowhere.txt"),
         (["segmnt"], "No such command"),
-        (["segment"], "Missing argument"),
+        (["segment", "-o", "o"], "Missing argument"),
         (["segment", "x.nii"], "Missing option"),
         (["segment", "x.nii", "-o", "o", "-m", "b", "--threads", "0"], "--threads"),
         (["segment", "x.nii", "-o", "o", "-m", "b", "--max-ram", "-1"], "--max-ram"),
@@ -295,7 +288,7 @@ def test_failure_counts_more_than_bad_input(
     monkeypatch.setattr("edgemuse.runtime.pipeline.preprocess", lambda *_: 1 / 0)
     ran = cli("segment", tmp_path / "missing.nii", scan, "-m", model, "-o", tmp_path / "out")
     assert ran.code == 1
-    assert ran.err.splitlines()[-1] == "edgemuse: 2 of 2 scans failed"
+    assert ran.err.splitlines()[-1].startswith("edgemuse: 2 scans: 2 failed; ")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])

@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 from bundles import head_image, snapshot, write_scan
 
-from edgemuse.engines.errors import InputError, OutputError
-from edgemuse.runtime.outputs import NAMES, nifti_bytes, output_paths, prepare_folder, write_files
+from edgemuse.engines.errors import OutputError
+from edgemuse.runtime.outputs import (
+    NAMES,
+    discard_parts,
+    nifti_bytes,
+    output_paths,
+    prepare_folder,
+    present,
+    write_files,
+)
 from edgemuse.runtime.scan import open_scan, scan_stem
 
 AFFINE = np.array([[0, 0.1, -2.0, 11], [-1.2, 0, 0, -22.5], [0, 1.5, 0.1, 33], [0, 0, 0, 1]])
@@ -38,7 +46,7 @@ def test_stem(name: str, stem: str) -> None:
 
 
 def test_paths_of_the_results() -> None:
-    paths = output_paths(Path("in/sub-01_T1w.nii.gz"), Path("out"))
+    paths = output_paths(Path("out"), "sub-01")
     assert [str(path) for path in paths.values()] == [
         "out/sub-01_dseg.nii.gz",
         "out/sub-01_dseg.tsv",
@@ -51,24 +59,38 @@ def test_paths_of_the_results() -> None:
 
 
 def test_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    prepare_folder([Path("a.nii")], tmp_path / "x" / "y", overwrite=False)
+    prepare_folder(tmp_path / "x" / "y")
     assert snapshot(tmp_path) == {"x": "folder", "x/y": "folder"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_any_existing_result_is_kept(name: str, tmp_path: Path) -> None:
-    (tmp_path / f"b_{name}").write_text("mine")
-    with pytest.raises(OutputError, match="exists"):
-        prepare_folder([Path("a.nii"), Path("b.nii")], tmp_path, overwrite=False)
-    prepare_folder([Path("a.nii"), Path("b.nii")], tmp_path, overwrite=True)
-    prepare_folder([Path("a.nii")], tmp_path, overwrite=False)
+def test_what_is_there_is_found(tmp_path: Path) -> None:
+    paths = output_paths(tmp_path, "a")
+    assert present(paths) == []
+    paths["dseg.tsv"].write_text("mine")
+    paths["qc.png"].symlink_to(tmp_path / "nowhere")
+    assert present(paths) == ["dseg.tsv", "qc.png"]
+    paths["volumes.tsv"].mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        present(paths)
 
 
-@pytest.mark.parametrize("other", ["a.nii", "a.nii.gz", "x/a.nii", "a_T1w.nii"])
-def test_two_scans_of_one_name(other: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="would both give a_"):
-        prepare_folder([Path("a.nii"), Path(other)], tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out").exists()
+def test_leftovers_of_a_killed_process_go_and_those_of_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # killed: nothing is tidied
+    for name in ("a", "ab"):
+        with pytest.raises(KeyboardInterrupt):
+            write_files({tmp_path / name: b"1"})
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    discard_parts([tmp_path / "a"])
+    (left,) = tmp_path.iterdir()
+    discard_parts([tmp_path / "ab"])
+    assert not left.exists()
 
 
 def label_map(shape: tuple[int, ...], dtype: str, highest: int) -> np.ndarray:

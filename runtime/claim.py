@@ -1,0 +1,68 @@
+"""Claims: which process works on a scan, where several share a folder of results.
+
+A claim is a lock that the system takes back when its process ends, however it ends, so none is ever left over. It only
+saves work: results appear by rename, so two processes on one scan do no harm. Where a file system has no locks (some
+network mounts), every claim is granted, and processes are kept apart by `--shard`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class Claim:
+    """A claim on the results at `place`, one of their paths."""
+
+    def __init__(self, place: Path) -> None:
+        mark = hashlib.sha256(place.name.encode()).hexdigest()[:16]  # the name itself could be too long
+        self.path = place.with_name(f".{mark}.lock")
+        self.exclusive = False
+        """Whether it is held, and the file system has locks: then no other process works on the scan."""
+        self._descriptor: int | None = None
+
+    def acquire(self) -> bool:
+        """Whether no other process has it; raises OSError where the file cannot be made."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _lock(descriptor)
+                self.exclusive = True
+            except (BlockingIOError, PermissionError):
+                os.close(descriptor)
+                return False
+            except OSError:
+                pass  # no locks here
+            self._descriptor = descriptor
+            if sys.platform == "win32" or os.fstat(descriptor).st_nlink:
+                return True
+            self.release()  # its last holder removed the file after it was opened here
+
+    def release(self) -> None:
+        """Let others have it; a second time does nothing."""
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor, self.exclusive = self._descriptor, None, False
+        with contextlib.suppress(OSError):
+            if sys.platform == "win32":  # what is open cannot be removed there
+                os.close(descriptor)
+                self.path.unlink()
+                return
+            if os.fstat(descriptor).st_nlink:
+                self.path.unlink()
+        os.close(descriptor)
