@@ -39,6 +39,7 @@ from edgemuse.runtime.bundle import Bundle, open_bundle
 from edgemuse.runtime.labels import to_indices
 from edgemuse.runtime.outputs import output_paths
 from edgemuse.runtime.precision import stored_precision
+from edgemuse.runtime.scan import scan_stem
 
 LONG = 150.0
 """Seconds; what takes longer runs once."""
@@ -188,7 +189,7 @@ class Bench:
     def labels_path(self, system: System, scan: Path) -> Path:
         """Where the labels of `system` for `scan` go."""
         folder = self.work / "out" / system.folder
-        return folder / f"{scan.name}.npy" if system.nnunet else output_paths(scan, folder)["dseg.nii.gz"]
+        return folder / f"{scan.name}.npy" if system.nnunet else output_paths(folder, scan_stem(scan))["dseg.nii.gz"]
 
     def command(self, system: System, scan: Path) -> list[str]:
         """What is run."""
@@ -202,7 +203,8 @@ class Bench:
         """What the provenance of a run says."""
         if system.nnunet:
             return {}
-        record = json.loads(output_paths(scan, self.labels_path(system, scan).parent)["provenance.json"].read_text())
+        paths = output_paths(self.labels_path(system, scan).parent, scan_stem(scan))
+        record = json.loads(paths["provenance.json"].read_text())
         profile, backend = record["profile"], record["backend"]
         copies = 2 ** len(profile["mirrored_axes"])
         graph = self.bundle.graph(stored_precision(backend["precision"]))
