@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from edgemuse.bench import dlmuse
 from edgemuse.bench.benchmark import Request, benchmark
+from edgemuse.bench.models import prepare_dlmuse
 from edgemuse.bench.report import METHOD, Section, pictures, sections, to_markdown
 from edgemuse.bench.rows import read_rows
 from edgemuse.bench.run import scans_in
@@ -67,7 +67,7 @@ def _dlmuse(shared: Path, work: Path) -> Material:
     made = work / "dlmuse"
     if not (made / "scan").exists():
         made.mkdir(parents=True)
-        dlmuse.prepare(shared, made)
+        prepare_dlmuse(shared, made)
     return Material(made / "dlmuse.bundle", made / "scan", made / "model")
 
 

@@ -12,6 +12,12 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from edgemuse.bench import scans
+from edgemuse.export.exporter import ExportOptions, export_model
+
+DLMUSE_SHAPE = (163, 214, 155)
+"""Of a T1 that was cropped to the brain, at 1 mm."""
+
 
 def parity_models(shared: Path, work: Path) -> dict[str, Path]:
     """The trained development model as it is, mirrored, as an ensemble; and two networks of random weights."""
@@ -25,24 +31,48 @@ def parity_models(shared: Path, work: Path) -> dict[str, Path]:
     }
 
 
-def random_dlmuse(shared: Path, folder: Path) -> Path:
+def random_dlmuse(shared: Path, folder: Path, mirror_axes: tuple[int, ...] | None = None) -> Path:
     """DLMUSE's own plans and 152 classes with random weights: upstream's may not be passed on."""
     facts = shared / "data" / "dlmuse"
-    return random_model(facts / "plans.json", facts / "dataset.json", 152, folder)
+    return random_model(facts / "plans.json", facts / "dataset.json", 152, folder, mirror_axes=mirror_axes)
 
 
-def random_model(plans: Path, dataset: Path, classes: int, folder: Path, seed: int = 0) -> Path:
+def prepare_dlmuse(shared: Path, work: Path) -> tuple[Path, Path, Path]:
+    """Model folder, bundle and scan, a T1 cropped to the brain, of DLMUSE's network with random weights, in `work`."""
+    folder = random_dlmuse(shared, work / "model")
+    bundle = export_model(folder, work / "dlmuse.bundle", ExportOptions(orientation="LPS"))
+    (work / "scan").mkdir()
+    return folder, bundle, dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
+
+
+def dlmuse_scan(shared: Path, target: Path) -> Path:
+    """A real T1 of `DLMUSE_SHAPE` at 1 mm, LPS."""
+    source, upright = shared / "data" / "t1" / "crop_T1w.nii.gz", target.parent.parent / "upright.nii.gz"
+    scans.reoriented(source, upright, "LPS")
+    return scans.centre_crop(upright, target, DLMUSE_SHAPE)
+
+
+def random_model(
+    plans: Path,
+    dataset: Path,
+    classes: int,
+    folder: Path,
+    seed: int = 0,
+    mirror_axes: tuple[int, ...] | None = None,
+) -> Path:
     """A folder with one fold of random weights for the 3d_fullres network of `plans`."""
     folder.mkdir(parents=True)
     shutil.copy(plans, folder / "plans.json")
     content = json.loads(dataset.read_text())
     content["labels"] = {"background": 0} | {f"class_{n}": n for n in range(1, classes)}
     (folder / "dataset.json").write_text(json.dumps(content))
-    _save_random(json.loads(plans.read_text()), classes, folder, seed)
+    _save_random(json.loads(plans.read_text()), classes, folder, seed, mirror_axes)
     return folder
 
 
-def _save_random(plans: dict[str, Any], classes: int, folder: Path, seed: int) -> None:
+def _save_random(
+    plans: dict[str, Any], classes: int, folder: Path, seed: int, mirror_axes: tuple[int, ...] | None = None
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nnunetv2 warns about old plans
         configuration = PlansManager(plans).get_configuration("3d_fullres")
@@ -55,7 +85,7 @@ def _save_random(plans: dict[str, Any], classes: int, folder: Path, seed: int) -
         classes,
         deep_supervision=False,
     )
-    save_fold(network.state_dict(), None, folder / "fold_0")
+    save_fold(network.state_dict(), mirror_axes, folder / "fold_0")
 
 
 def save_fold(weights: dict[str, torch.Tensor], mirror_axes: tuple[int, ...] | None, fold: Path) -> None:

@@ -51,9 +51,9 @@ TEXT = """<!-- Written by: python -m edgemuse.bench.tensorrt_builds -->
 # TensorRT
 
 For NVIDIA GPUs. `pip install "edgemuse[tensorrt]"` brings TensorRT-RTX and cuda-python; then `edgemuse devices` says
-whether the GPU and its driver will do, and `auto` prefers the GPU. If the GPU fails or runs out of memory, the CPU
-takes over once; stderr and `instead_of` in the provenance say so. What was named, by `--backend` or `--device`, is
-not replaced: then it is an error.
+whether the GPU and its driver will do. `auto` takes the GPU only where `edgemuse tune` found it to be the fastest. If
+the GPU fails or runs out of memory, the CPU takes over once; stderr and `instead_of` in the provenance say so. What
+was named, by `--backend` or `--device`, is not replaced: then it is an error.
 
 NVIDIA's `tensorrt` 10 or 11 runs by the same code where `tensorrt_rtx` is not installed, for GPUs that TensorRT-RTX
 does not know. It comes from NVIDIA's own package index and builds only for the GPU that it finds. The provenance

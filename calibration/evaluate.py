@@ -115,7 +115,7 @@ def _segment(
 ) -> tuple[tuple[Labels, ...], float]:
     """Structures of every scan, and the seconds that the network took a scan."""
     maps, seconds = [], []
-    with _quiet(), Segmenter(bundle, setting.options) as segmenter:
+    with quiet(), Segmenter(bundle, setting.options) as segmenter:
         for number, source in enumerate(sources, start=1):
             progress(f"{setting}: scan {number} of {len(sources)}")
             result = segmenter.segment(source.path)
@@ -125,8 +125,8 @@ def _segment(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the pipeline's warnings, that a precision is not proven for example: here it is being proven."""
+def quiet() -> Iterator[None]:
+    """Without the pipeline's warnings, that a precision is not proven for example: here it is being measured."""
     log = logging.getLogger("edgemuse")
     before = log.level
     log.setLevel(logging.ERROR)

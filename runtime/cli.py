@@ -31,6 +31,7 @@ LAZY_COMMANDS = {
     "export": ("edgemuse.export.command", "export", "Turn an nnU-Net v2 model folder into a verified bundle."),
     "cascade": ("edgemuse.export.cascade", "cascade", "Join a brain mask bundle and a region bundle into one."),
     "calibrate": ("edgemuse.calibration.command", "calibrate", "Add int8 and fp16 to a bundle, accuracy measured."),
+    "tune": ("edgemuse.calibration.tune", "tune", "Find a bundle's fastest engine on this machine."),
     "bench": ("edgemuse.bench.command", "bench", "Measure accuracy, time and memory against nnU-Net and others."),
 }
 """Commands of other sub-packages: module, attribute, summary for the overview."""
@@ -103,7 +104,7 @@ ENGINE_OPTIONS = (
         type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]),
         default="auto",
         show_default=True,
-        help="auto: the first that works, see 'devices'.",
+        help="auto: what 'tune' found to be fastest here, or the first that works, see 'devices'.",
     ),
     click.option(
         "--precision",

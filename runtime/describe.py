@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from edgemuse.engines.hardware import available_memory, machine
@@ -9,6 +10,8 @@ from edgemuse.engines.registry import Status, statuses
 from edgemuse.runtime.bundle import Bundle, Cascade, GateRow
 from edgemuse.runtime.labels import by_index
 from edgemuse.runtime.memory import gib
+from edgemuse.runtime.pipeline import default_cache_dir
+from edgemuse.runtime.tuned import Tuned, recall, recall_all
 
 
 def describe_model(model: Bundle | Cascade) -> str:
@@ -49,6 +52,7 @@ def describe_bundle(bundle: Bundle) -> str:
         *_records("verification", manifest.verification),
         *(_records("calibration", manifest.calibration) if manifest.calibration else []),
         *_gate_table(manifest.gate),
+        *tuned_lines(recall(default_cache_dir(), bundle.sha256)),
         f"structures ({len(structures)})",
         *(f"  {label.index:>5} {label.name}" for label in structures),
     ]
@@ -66,6 +70,21 @@ def _gate_table(rows: Sequence[GateRow]) -> list[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(GATE_HEADER))]
     lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     return ["accuracy gate", *(line.rstrip() for line in lines)]
+
+
+def tuned_lines(tuned: Tuned | None) -> list[str]:
+    """What `edgemuse tune` measured here, the fastest of each profile marked."""
+    if tuned is None:
+        return ["not tuned on this machine; 'edgemuse tune' finds the fastest engine"]
+    fastest = {timing.profile: timing for timing in reversed(tuned.timings)}
+    return [
+        f"tuned on this machine, with {tuned.scan}",
+        *(
+            f"  {timing.profile:<10} {timing.backend} {timing.device} {timing.precision:<5} {timing.seconds:7.2f} s"
+            + "  fastest" * (fastest[timing.profile] is timing)
+            for timing in tuned.timings
+        ),
+    ]
 
 
 def _gate_cells(row: GateRow) -> tuple[str, ...]:
@@ -97,6 +116,14 @@ def _records(title: str, record: object, indent: str = "") -> list[str]:
     ]
 
 
+RANKING = (
+    "auto takes what 'edgemuse tune' found to be fastest for a bundle on this machine. For one that was not tuned it "
+    "takes the first backend that is usable, in the fastest precision that passed the bundle's accuracy gate (fp32 if "
+    "none did). OpenVINO comes first: it is the fastest that was measured (docs/performance.md); TensorRT has not been "
+    "measured on a GPU yet, so it comes last. Name a backend or precision to override this."
+)
+
+
 def describe_devices() -> str:
     """The machine, then a line a backend in the order in which `auto` prefers them."""
     facts = machine()
@@ -104,8 +131,8 @@ def describe_devices() -> str:
         f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} cores, {gib(available_memory())} free",
         "backends, most preferred first:",
         *(line for status in statuses() for line in _backend(status)),
-        "auto takes the first backend that is usable, in the fastest precision that passed the bundle's accuracy gate",
-        "(fp32 if none did); name a backend or precision to override it",
+        *textwrap.wrap(RANKING, 118),
+        *(f"{tuned.name}: {line}" for tuned in recall_all(default_cache_dir()) for line in tuned_lines(tuned)),
     ]
     return "\n".join(lines)
 
@@ -113,7 +140,7 @@ def describe_devices() -> str:
 def _backend(status: Status) -> list[str]:
     name = f"  {status.backend.name:<12}"
     if status.reason:
-        return [f"{name} not usable: {status.reason}"]
+        return [f"{name} not usable: {status.reason.removeprefix(f'{status.backend.name}: ')}"]
     return [
         f"{name} {status.version}: {device} with {', '.join(precisions)}"
         for device, precisions in status.devices.items()

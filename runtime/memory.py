@@ -16,10 +16,16 @@ from edgemuse.runtime.types import Shape, Spacing
 
 BASE = 260 << 20
 """Python, the libraries and a backend without a network, measured with OpenVINO."""
-WEIGHT_COPIES = 4
-"""While a graph is compiled: as read, as parsed, in the backend's own layout, and on its way into the cache."""
-SPLINE_BYTES = 32
-"""Per voxel while resampling with splines: the padded copy and its coefficients, the source and the result, float64."""
+WEIGHT_COPIES = {"int8": 3.0}
+WEIGHT_COPIES_DEFAULT = 4.0
+"""Of the fp32 graph, while one is compiled: as read, as parsed, in the backend's own layout, on its way into the cache.
+An int8 graph is a third as large, and its weights pass through fp32."""
+ACTIVATIONS = {"fp16": 1.7}
+ACTIVATIONS_DEFAULT = 1.0
+"""Relative to fp32. ONNX Runtime computes fp16 in fp32 and keeps both, measured at 1.53. An int8 graph saves nothing:
+convolutions take int8 and give fp32, of which OpenVINO holds as much as of an fp32 graph, measured at 0.9 to 1.1."""
+SPLINE_BYTES = 16
+"""Per voxel while resampling with splines: before and after an axis, float64."""
 SHARE = 0.9
 """Of the memory that is free, unless `--max-ram` says otherwise: the rest is for everybody else."""
 
@@ -60,11 +66,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    scan: Scan, network: Network, graph_bytes: int, mirrored: bool = False, tiles: TilePlan | None = None
+    scan: Scan,
+    network: Network,
+    graph_bytes: int,
+    mirrored: bool = False,
+    tiles: TilePlan | None = None,
+    precision: str = "fp32",
 ) -> MemoryPlan:
     """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped.
 
-    `tiles` None: patches, with features added up over their overlaps.
+    `graph_bytes`: of the fp32 graph. `tiles` None: patches, with features added up over their overlaps.
     """
     patch, single = (network.patch, False) if tiles is None else (tiles.patch, tiles.count == 1)
     turn = reorientation(scan.affine, network.orientation, network.transpose)
@@ -76,9 +87,11 @@ def plan_memory(
     rows = 0 if single else patch[0] * math.prod(padded[1:])
     carried = 0 if inner[0] == shape[0] else 2 * rows
     outputs = 4 if mirrored and network.mirror_axes else 2  # the engine's own, one on its way, and their mean
+    weights = WEIGHT_COPIES.get(precision, WEIGHT_COPIES_DEFAULT) * graph_bytes
+    activations = ACTIVATIONS.get(precision, ACTIVATIONS_DEFAULT) * network.activation_bytes
     return MemoryPlan(
-        engine=WEIGHT_COPIES * graph_bytes + tile * (network.activation_bytes + outputs * 4 * network.channels_out),
-        scan=voxels * 11,
+        engine=math.ceil(weights + tile * (activations + outputs * 4 * network.channels_out)),
+        scan=voxels * 13,
         preprocessing=(voxels + inner_voxels) * 4 + _resampling_bytes(shape, inner, turn.spacing(scan.zooms), network),
         features=4 * network.channels_out * (rows + carried + 4 * math.prod(shape[1:])) + inner_voxels * 8 + voxels * 4,
     )

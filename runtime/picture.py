@@ -114,7 +114,7 @@ def _positions(numbers: Labels, axis: int) -> list[int]:
 
 def _slice(volume: NDArray[Any], plane: Plane, position: int) -> NDArray[Any]:
     """Rows from top to bottom, columns from left to right."""
-    flat: NDArray[Any] = np.take(volume, position, axis=plane.cut).T[::-1]  # of the two axes left, the second points up
+    flat: NDArray[Any] = np.moveaxis(volume, plane.cut, 0)[position].T[::-1]  # of the two axes left, the second is up
     return flat[:, ::-1]
 
 

@@ -6,6 +6,7 @@ The steps and their order (transpose, crop to non-zero, normalise, resample) are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def preprocess(image: Image, affine: Affine, zooms: Spacing, network: Network) -
     return Prepared(resampled, turn, shape_of(turned), box, spacing)
 
 
-def nonzero_box(image: Image) -> Box:
+def nonzero_box(image: NDArray[Any]) -> Box:
     """The smallest box that holds every voxel that is not 0."""
     mask = image != 0
     sides = []
@@ -78,7 +79,7 @@ def foreground(image: Image) -> NDArray[np.bool_]:
     outside = np.zeros(count + 1, dtype=bool)
     for axis in range(3):
         for face in (0, -1):
-            outside[np.take(background, face, axis=axis)] = True
+            outside[np.moveaxis(background, axis, 0)[face]] = True
     outside[0] = False
     filled: NDArray[np.bool_] = ~outside[background]
     return filled

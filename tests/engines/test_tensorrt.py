@@ -411,10 +411,12 @@ def test_precisions_of_a_gpu(
     assert set(status.devices["GPU"]) == {"fp32", "fp16", "int8"} - (lacking if rtx else set())
 
 
-def test_auto_prefers_the_gpu_and_goes_on_without(machine: Machine) -> None:
-    assert choose(EngineOptions())[0].name == "tensorrt"
+def test_auto_takes_the_gpu_only_if_it_is_named(machine: Machine) -> None:
+    """How fast it is has not been measured; `edgemuse tune` does that."""
+    assert choose(EngineOptions())[0].name == "openvino"
+    assert choose(EngineOptions(device="gpu"))[0].name == "tensorrt"
     machine.driver = 0
-    assert choose(EngineOptions())[0].name != "tensorrt"
+    assert "tensorrt" in refusal(lambda: choose(EngineOptions(device="gpu")))
 
 
 def test_progress_of_a_build(machine: Machine, tmp_path: Path) -> None:
@@ -464,6 +466,6 @@ def test_fakes_offer_what_the_libraries_do(library: str) -> None:
 
 
 def test_registry_has_its_row() -> None:
-    row = registry.BACKENDS[0]
-    assert (row.name, row.install) == ("tensorrt", "edgemuse[tensorrt]")
+    row = next(row for row in registry.BACKENDS if row.name == "tensorrt")
+    assert row.install == "edgemuse[tensorrt]"
     assert importlib.util.find_spec(row.module) is not None

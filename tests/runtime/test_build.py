@@ -23,7 +23,10 @@ from bundles import (
 from tensorrt_fakes import Machine, Status, install
 
 from edgemuse.calibration.half import half_precision
+from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.outputs import NAMES
+from edgemuse.runtime.profiles import PROFILES
+from edgemuse.runtime.tuned import Timing, Tuned, tuned_path
 
 LINE = re.compile(r"(.+\.engine)\t(fp32|fp16)\t(8\.6|12\.0|this machine)\t\d+\.\d MB\t\d+\.\d s")
 
@@ -44,6 +47,15 @@ def model(tmp_path: Path) -> Path:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with TensorRT-RTX and a GPU."""
     return install(monkeypatch)
+
+
+@pytest.fixture
+def tuned(model: Path, tmp_path: Path) -> None:
+    """The GPU was found to be the fastest, so `auto` takes it."""
+    timings = tuple(Timing("tensorrt", "GPU", "fp32", profile, 0.1) for profile in PROFILES)
+    path = tuned_path(tmp_path / "cache", open_bundle(model).sha256)
+    path.parent.mkdir()
+    path.write_text(Tuned("tiny", "a_T1w.nii.gz", timings).to_json())
 
 
 def test_help_lists_every_option(cli: CommandLine) -> None:
@@ -68,7 +80,7 @@ def test_engines_for_gpus_elsewhere(cli: CommandLine, gpu: Machine, model: Path,
     assert "building fp32 for 8.6 (1 of 4)" in ran.err
     gpu.driver = driver
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
-    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "-v")
+    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "-v", "--device", "gpu")
     assert ran.code == 0, ran.err
     assert "engine from cache" in ran.err
 
@@ -163,6 +175,7 @@ def test_building_imports_no_pytorch(model: Path, tmp_path: Path) -> None:
     assert ran.out.splitlines()[1:] == [""]
 
 
+@pytest.mark.usefixtures("tuned")
 def test_lost_gpu_costs_no_result(cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path) -> None:
     """Stderr and provenance say that the CPU took over; the labels are those of the CPU."""
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
@@ -181,6 +194,7 @@ def test_lost_gpu_costs_no_result(cli: CommandLine, gpu: Machine, model: Path, t
     assert len({(tmp_path / name / "sub-01_dseg.nii.gz").read_bytes() for name in names}) == 1
 
 
+@pytest.mark.usefixtures("tuned")
 def test_lost_gpu_is_not_tried_again(cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path) -> None:
     """Nor for scans whose tiles have another shape, and the records of all say so."""
     scans = [

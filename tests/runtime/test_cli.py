@@ -250,6 +250,14 @@ def test_devices_names_every_backend(cli: CommandLine) -> None:
     ran = cli("devices")
     assert (ran.code, ran.err) == (0, "")
     assert all(name in ran.out for name in ("openvino", "onnxruntime", "cores", "GiB free"))
+    assert "OpenVINO comes first: it is the fastest that was measured" in " ".join(ran.out.split())
+
+
+def test_devices_names_a_missing_library_once(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "edgemuse.engines.onnxruntime", raising=False)
+    (line,) = (line for line in cli("devices").out.splitlines() if "onnxruntime" in line)
+    assert line.split("not usable: ")[1].startswith("it is not installed; run: pip install")
 
 
 @pytest.mark.parametrize("where", [0, 2])

@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CommandLine, head_image, run_process, tiny_bundle, write_scan
+from bundles import (
+    CommandLine,
+    edit_manifest,
+    head_image,
+    replace_file,
+    run_process,
+    tiny_bundle,
+    write_scan,
+)
+from unets import unet
 
 from edgemuse.engines.errors import MemoryLimitError
 from edgemuse.runtime import memory
-from edgemuse.runtime.bundle import Network, open_bundle
+from edgemuse.runtime.bundle import MANIFEST, Network, open_bundle
 from edgemuse.runtime.memory import MemoryPlan, check_memory, gib, plan_memory
 from edgemuse.runtime.scan import Scan, open_scan
 
@@ -82,8 +91,12 @@ CASES = {
 
 def planned_and_peak(folder: Path, scan: Path, **changes: Any) -> tuple[int, int]:
     """Bytes planned for a scan and the peak of a process of its own, from start to end."""
-    model = tiny_bundle(folder / "b", **changes)
-    arguments = ("segment", scan, "-m", model, "-o", folder, "--profile", "balanced")
+    return run_model(tiny_bundle(folder / "b", **changes), folder, scan)
+
+
+def run_model(model: Path, folder: Path, scan: Path, *options: str) -> tuple[int, int]:
+    """The same of the bundle `model`."""
+    arguments = ("segment", scan, "-m", model, "-o", folder, "--profile", "balanced", *options)
     ran = run_process(*arguments, cache_dir=folder / "cache")
     assert ran.code == 0, ran.err
     found = json.loads((folder / "t1_provenance.json").read_text())["memory"]
@@ -108,5 +121,32 @@ def test_peak_stays_below_the_plan(case: str, idle: int, tmp_path: Path) -> None
     changes = {"patch": (64, 64, 64), "features": 16, "classes": 24} | changes
     scan = write_scan(tmp_path / "t1.nii", np.maximum(head_image(shape), 1).astype(dtype), spacing)
     planned, peak = planned_and_peak(tmp_path, scan, **changes)
+    assert peak - idle <= planned - memory.BASE, f"{gib(peak - idle)} used, {gib(planned - memory.BASE)} planned"
+    assert planned <= 4 * peak, f"{gib(peak)} used, {gib(planned)} planned"
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("openvino", "int8"), ("onnxruntime", "int8"), ("onnxruntime", "fp16")]
+)
+def test_peak_stays_below_the_plan_in_lower_precision(backend: str, precision: str, idle: int, tmp_path: Path) -> None:
+    """Of a U-Net: its decoder holds the most at once."""
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    pytest.importorskip("torch", reason="what a graph holds is found by export: pip install 'edgemuse[export]'")
+    from edgemuse.bench.uncalibrated import to_int8
+    from edgemuse.calibration.half import half_precision
+    from edgemuse.export.graph import activation_bytes
+
+    tiny = {"patch": (96, 96, 96), "features": 24, "stride": (2, 2, 2)}
+    model = tiny_bundle(tmp_path / "b", **tiny)
+    graph = unet(out=24).SerializeToString()
+    convert = {"int8": to_int8, "fp16": half_precision}[precision]
+    for name, data in (("fp32.onnx", graph), ("low.onnx", convert(graph))):
+        replace_file(model, name, data)
+    network = json.loads((model / MANIFEST).read_text())["network"] | {
+        "activation_bytes": activation_bytes(graph, (96, 96, 96))
+    }
+    edit_manifest(model, graphs={"fp32": "fp32.onnx", precision: "low.onnx"}, network=network)
+    scan = write_scan(tmp_path / "t1.nii", np.maximum(head_image((96, 96, 96)), 1), (2.0, 2.0, 2.0))
+    planned, peak = run_model(model, tmp_path, scan, "--backend", backend, "--precision", precision)
     assert peak - idle <= planned - memory.BASE, f"{gib(peak - idle)} used, {gib(planned - memory.BASE)} planned"
     assert planned <= 4 * peak, f"{gib(peak)} used, {gib(planned)} planned"

@@ -146,6 +146,8 @@ def test_auto_never_takes_what_did_not_pass(rows: list[GateRow], profile: str) -
 class _Stub:
     """A bundle as far as the choice looks at it."""
 
+    sha256 = "0" * 64
+
     def __init__(self, gate: tuple[GateRow, ...]) -> None:
         self.manifest = self
         self.gate = gate

@@ -164,6 +164,20 @@ def test_axis_matrices_are_what_zoom_does(n_in, n_out, order):
         np.testing.assert_allclose(matrix @ signal, expected, atol=1e-12)
 
 
+SHAPES = st.tuples(*[st.integers(1, 14)] * 3)
+
+
+@given(SHAPES, SHAPES, st.sampled_from([0, 1, 2, 3]))
+def test_an_image_is_resampled_as_zoom_does(shape, target, order):
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = resample_image(image, target, (1, 1, 1), (1, 1, 1), Resampling(order, 0, force_separate_z=False))
+    factors = [new / old for new, old in zip(target, shape, strict=True)]
+    expected = ndimage.zoom(image.astype(np.float64), factors, order=order, mode="nearest", grid_mode=True)
+    if expected.shape == target:
+        expected = np.clip(expected, image.min(), image.max())
+        np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", [((1, 1, 1), (2, 2, 2)), ((1, 1, 5), (1, 1, 1)), ((1, 1, 1), (0.9, 4.0, 1.1))])
 @pytest.mark.filterwarnings("ignore")
 def test_output_matrices_are_nnunets_resampling_of_logits(case):

@@ -1,0 +1,309 @@
+"""Time, memory and accuracy of every way to run a network.
+
+`python -m edgemuse.bench.performance SHARED -o docs/performance.md`
+
+Every run is a process of its own, measured from its start to its end, with its files on disk. The first run of a system
+finds no compiled engine; the later ones, interleaved with all other systems, do. What a run gave is appended to a file
+of rows beside the report at once, so that a command that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeAlias
+
+import click
+import numpy as np
+import platformdirs
+
+from edgemuse.bench import cases, changes, scans
+from edgemuse.bench.cases import Case
+from edgemuse.bench.performance_report import BY_HAND, report
+from edgemuse.bench.process import ProcessFailure, measure
+from edgemuse.bench.roofline import operations, peaks
+from edgemuse.calibration.evaluate import settings
+from edgemuse.engines.hardware import cpu_cores, cpu_name
+from edgemuse.runtime.agreement import dice, mean_dice
+from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.labels import to_indices
+from edgemuse.runtime.outputs import output_paths
+from edgemuse.runtime.precision import stored_precision
+from edgemuse.runtime.scan import scan_stem
+
+LONG = 150.0
+"""Seconds; what takes longer runs once."""
+SMALL_RAM = "2.1"
+"""GiB, for `fast` in int8 on a machine with little memory: just more than the plan for patches."""
+NNUNET = """
+import sys, numpy as np
+from pathlib import Path
+from edgemuse.bench.reference import Reference
+labels = Reference(Path(sys.argv[1]), mirroring=sys.argv[4] == "on").labels(Path(sys.argv[2]))
+np.save(sys.argv[3], labels.astype(np.uint16))
+"""
+Progress: TypeAlias = Callable[[str], None]
+Row: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to run a network: `arguments` of `edgemuse segment`, or `nnunet`, whose mirroring is `on` or `off`."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    nnunet: str = ""
+    repeats: int = 1
+
+    @property
+    def folder(self) -> str:
+        """Name of a folder for its files."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:12]
+
+
+class Rows:
+    """The rows measured so far in this context, on disk in `path`."""
+
+    def __init__(self, path: Path, context: Row, progress: Progress) -> None:
+        self.path, self.context = path, context
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        stored = [json.loads(line) for line in lines if line.endswith("\n")]  # an interrupted run may leave half a line
+        self.rows = [row for row in stored if row["context"] == context]
+        if stored:
+            progress(
+                f"{path}: going on after {len(self.rows)} rows; {len(stored) - len(self.rows)} are of another state"
+            )
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]), encoding="utf-8")
+
+    def add(self, row: Row) -> None:
+        """Append `row`."""
+        self.rows.append(row | {"context": self.context})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def of(self, **fields: Any) -> list[Row]:
+        """Rows with these values."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in fields.items())]
+
+
+def context() -> Row:
+    """What rows of one report have in common."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        "commit": done.stdout.strip() or version("edgemuse"),
+        "cpu": cpu_name(),
+        "cores": cpu_cores(),
+        "versions": {
+            name: version(name) for name in ("edgemuse", "openvino", "onnxruntime", "numpy", "torch", "nnunetv2")
+        },
+    }
+
+
+def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
+    """Every system for `case`, the one that the others are compared with first.
+
+    Backends that `auto` would not take run twice, and not the profile `reference` where it mirrors.
+    """
+    found = [setting for setting in settings(bundle) if (setting.backend, setting.precision) != ("onnxruntime", "fp16")]
+    preferred = found[0].backend
+    ours = []
+    for setting in found:
+        if setting.backend != preferred and setting.profiles == ("reference",):
+            continue
+        options = ("--backend", setting.backend, "--device", setting.device, "--precision", setting.precision)
+        name = f"{' = '.join(setting.profiles)} | {setting.backend} | {setting.precision}"
+        times = repeats if setting.backend == preferred else 1
+        ours.append(System(name, ("--profile", setting.profiles[0], *options), repeats=times))
+        if (setting.precision, setting.profiles, setting.backend) == ("int8", ("fast",), preferred) and not case.truth:
+            limited = (*ours[-1].arguments, "--max-ram", SMALL_RAM)
+            ours.append(System(f"fast, --max-ram {SMALL_RAM} | {setting.backend} | int8", limited, repeats=repeats))
+    ours.sort(key=lambda system: not system.name.startswith("reference"))
+    if case.folder is None:
+        return ours
+    mirrors = ("off", "on") if bundle.manifest.network.mirror_axes else ("off",)
+    return ours + [System(f"nnU-Net, mirroring {on} | PyTorch | fp32", nnunet=on, repeats=repeats) for on in mirrors]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A case being measured: its opened bundle, its systems, where files go and what is known already."""
+
+    case: Case
+    bundle: Bundle
+    systems: Sequence[System]
+    work: Path
+    rows: Rows
+    progress: Progress
+    failed: dict[System, str] = field(default_factory=dict)
+
+    def run_all(self) -> None:
+        """All scans and systems, the timed scan last round by round; a system that fails is left out."""
+        for scan in self.case.others:
+            for system in self.systems:
+                if not system.nnunet:
+                    self.row(system, scan, 0)
+        for number in range(1 + max(system.repeats for system in self.systems)):
+            for system in self.systems:
+                first = self.rows.of(**self.key(system, self.case.timed, 0))
+                if number == 0 or (number <= system.repeats and first and first[0]["seconds"] < LONG):
+                    self.row(system, self.case.timed, number)
+
+    def key(self, system: System, scan: Path, number: int) -> Row:
+        """What tells one run from the others."""
+        names = {"case": self.case.name, "bundle": self.bundle.sha256, "system": system.name}
+        return names | {"scan": scan.name, "number": number}
+
+    def row(self, system: System, scan: Path, number: int) -> None:
+        """Measure one run, unless that was done and its files are still there."""
+        key, labels = self.key(system, scan, number), self.labels_path(system, scan)
+        if system in self.failed or (self.rows.of(**key) and labels.exists()):
+            return
+        labels.parent.mkdir(parents=True, exist_ok=True)
+        cache = labels.parent / "cache"
+        if number == 0:
+            shutil.rmtree(cache, ignore_errors=True)
+        try:
+            run = measure(self.command(system, scan), os.environ | {"EDGEMUSE_CACHE_DIR": str(cache)})
+        except ProcessFailure as error:
+            self.failed[system] = str(error)
+            self.progress(f"{self.case.name}: {system.name}: left out: {error}")
+            return
+        row = key | {"seconds": run.seconds, "peak": run.peak} | self.made(system, scan) | self.scores(system, scan)
+        self.rows.add(row)
+        self.progress(
+            f"{self.case.name}: {system.name}, {scan.name}, run {number}: {run.seconds:.1f} s, {run.peak / 1e9:.2f} GB"
+        )
+
+    def labels_path(self, system: System, scan: Path) -> Path:
+        """Where the labels of `system` for `scan` go."""
+        folder = self.work / "out" / system.folder
+        return folder / f"{scan.name}.npy" if system.nnunet else output_paths(folder, scan_stem(scan))["dseg.nii.gz"]
+
+    def command(self, system: System, scan: Path) -> list[str]:
+        """What is run."""
+        labels = self.labels_path(system, scan)
+        if system.nnunet:
+            return [sys.executable, "-c", NNUNET, str(self.case.folder), str(scan), str(labels), system.nnunet]
+        command = [sys.executable, "-m", "edgemuse.runtime.cli", "segment", str(scan), "-m", str(self.case.bundle)]
+        return [*command, "-o", str(labels.parent), "--overwrite", "--no-postprocess", *system.arguments]
+
+    def made(self, system: System, scan: Path) -> Row:
+        """What the provenance of a run says."""
+        if system.nnunet:
+            return {}
+        paths = output_paths(self.labels_path(system, scan).parent, scan_stem(scan))
+        record = json.loads(paths["provenance.json"].read_text())
+        profile, backend = record["profile"], record["backend"]
+        copies = 2 ** len(profile["mirrored_axes"])
+        graph = self.bundle.graph(stored_precision(backend["precision"]))
+        return {
+            "stages": record["seconds"],
+            "tiles": profile["tiles"],
+            "tile": profile["tile"],
+            "copies": copies,
+            "operations": operations(graph, profile["tile"]) * profile["tiles"] * copies,
+            "precision": backend["precision"],
+            "backend": backend["name"],
+            "planned": record["memory"]["planned_bytes"],
+        }
+
+    def labels(self, system: System, scan: Path) -> Any:
+        """(i, j, k) label numbers that `system` gave."""
+        path = self.labels_path(system, scan)
+        return to_indices(np.load(path), self.bundle.manifest.labels) if system.nnunet else scans.labels_of(path)
+
+    def scores(self, system: System, scan: Path) -> Row:
+        """Mean Dice with the first system's labels, and with the truth over the structures in it."""
+        found = self.labels(system, scan)
+        scores = {"agreement": mean_dice(found, self.labels(self.systems[0], scan))}
+        if scan != self.case.timed or self.case.truth is None:
+            return scores
+        truth = scans.labels_of(self.case.truth)
+        truth[~np.isin(truth, [label.index for label in self.bundle.manifest.labels])] = 0
+        each = dice(truth, found.astype(truth.dtype))
+        return scores | {
+            "dice": float(np.mean([each[structure] for structure in np.unique(truth[truth > 0]).tolist()]))
+        }
+
+
+def summarise(bench: Bench) -> list[Row]:
+    """A row for each system: medians of its warm runs, and what the first one took."""
+    summaries = []
+    for system in bench.systems:
+        if system in bench.failed:
+            continue
+        runs = bench.rows.of(case=bench.case.name, bundle=bench.bundle.sha256, system=system.name)
+        timed = sorted((row for row in runs if row["scan"] == bench.case.timed.name), key=lambda row: row["number"])
+        later = timed[1:] or timed
+        warm = later if not system.nnunet else timed
+        stages = {name: median(row["stages"][name] for row in warm) for name in warm[0].get("stages", {})}
+        summaries.append(
+            warm[-1]
+            | {
+                "seconds": median(row["seconds"] for row in warm),
+                "runs": len(warm),
+                "cold": None if system.nnunet else timed[0]["seconds"],
+                "peak": max(row["peak"] for row in timed),
+                "agreement": float(np.mean([row["agreement"] for row in {row["scan"]: row for row in runs}.values()])),
+                "stages": stages,
+                "nnunet": system.nnunet,
+            }
+        )
+    return summaries
+
+
+def quick(case: Case, every: Iterable[System]) -> tuple[Case, list[System]]:
+    """A case and systems that are done in a minute."""
+    few = [system for system in every if "openvino" in system.name or system.nnunet]
+    return Case(case.name, case.bundle, case.folder, case.timed, (), case.truth), few
+
+
+@click.command()
+@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
+@click.option("--repeats", default=3, show_default=True, help="Warm runs of each system, in turn.")
+@click.option("--quick", "fast", is_flag=True, help="The development model and OpenVINO alone, one warm run.")
+@click.option("--built-in-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="The model folder that the built-in model was exported from, to run nnU-Net on it.")  # fmt: skip
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for models, labels and engines.  [default: in "
+              "the user's cache]")  # fmt: skip
+def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: Path | None, work: Path | None) -> None:
+    """Measure all systems; about 25 minutes on two idle cores, half of it nnU-Net. Interrupted, it goes on."""
+    progress = partial(click.echo, err=True)
+    folder = work or Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "performance"
+    rows = Rows(output.with_suffix(".jsonl"), context(), progress)
+    makers = {"dev": cases.development}
+    if not fast:
+        makers |= {"builtin": partial(cases.built_in, folder=built_in_folder), "dlmuse": cases.dlmuse}
+    found, left_out = {}, list[str]()
+    for name, make in makers.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        case = make(shared, folder / name, progress)
+        bundle = open_bundle(case.bundle)
+        every = systems(case, bundle, 1 if fast else repeats)
+        case, every = quick(case, every) if fast else (case, every)
+        bench = Bench(case, bundle, every, folder / name, rows, progress)
+        bench.run_all()
+        found[case.name] = summarise(bench)
+        left_out += [f"{case.name}, {system.name}: {reason}" for system, reason in bench.failed.items()]
+    progress("measuring the peak of the processor and single steps")
+    text = report(found, left_out, peaks(), changes.measured(shared), rows.context)
+    kept = output.read_text(encoding="utf-8").partition(BY_HAND)[2] if output.exists() else "\n"
+    output.write_text(text + BY_HAND + kept, encoding="utf-8")
+    click.echo(output)
+
+
+if __name__ == "__main__":
+    main()

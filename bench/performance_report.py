@@ -1,0 +1,117 @@
+"""The page of `edgemuse.bench.performance`: tables of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+
+BY_HAND = "<!-- What follows is written by hand and kept. -->\n"
+INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.performance ../shared -o docs/performance.md -->
+# Performance
+
+Every run is a process of its own, from its start to its files on disk. *Time*: median of the runs that found a
+compiled engine, in turn with all other systems; *cold*: the first run, which compiles it. *Ratio*: nnU-Net's
+predictor in the same session over this. *Peak*: highest resident memory. *Agreement*: mean Dice with the labels of
+`reference` in fp32, over all scans; with random weights logits are nearly tied, so there it says little. *Dice*: mean
+over the structures of the scan with known labels. Islands are kept, as nnU-Net keeps them. A system that takes
+minutes runs once, cold. Trained networks whose bundle stores no int8 are quantised on the sample scan that comes with
+edgemuse. With random weights every structure is also scattered over the whole volume, so that *quality*, which looks
+for the components of each, takes far longer than with a trained network.
+"""
+STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write")
+REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the
+network, merging tiles and the head.
+"""
+CHANGES = """Each step in turn with the simple form that it replaced, same result, on real scans
+(`python -m edgemuse.bench.changes ../shared`).
+"""
+ROOFLINE = """\
+Peak: the most that chained products of matrices of 1536 x 1536 reach on all cores, compiled by OpenVINO. Operations:
+multiplications and additions of the convolutions as the ONNX graph has them; edgemuse's rewrites save some of them,
+so a share of the peak may be flattering. *Infer* is the stage, *run* the whole process.
+"""
+
+
+def report(
+    found: Mapping[str, Sequence[Row]],
+    left_out: Sequence[str],
+    peaks: Mapping[str, float],
+    changes: str,
+    context: Row,
+) -> str:
+    """The page, up to what is written by hand."""
+    parts = [INTRODUCTION, _machine(context)]
+    for case, rows in found.items():
+        parts += [f"\n## {case[0].upper() + case[1:]}\n", _overview(rows)]
+    if left_out:
+        parts += ["\n## Did not run\n", *(f"- {line}" for line in left_out)]
+    parts += ["\n## Where the time goes, seconds\n", REST]
+    parts += [f"{case}:\n\n{_stages(rows)}" for case, rows in found.items()]
+    parts += ["\n## What changes brought\n", CHANGES, changes]
+    parts += ["\n## Against the peak of the processor\n", ROOFLINE, _roofline(found, peaks)]
+    return "\n".join(parts) + "\n"
+
+
+def _machine(context: Row) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
+    return f"{context['cpu']}, {context['cores']} cores; commit {context['commit']}; {versions}.\n"
+
+
+def _overview(rows: Sequence[Row]) -> str:
+    header = (
+        "profile | backend | precision",
+        "time",
+        "runs",
+        "cold",
+        "ratio, mirroring off",
+        "on",
+        "peak",
+        "agreement",
+    )
+    truth = any("dice" in row for row in rows)
+    nnunet = {row["nnunet"]: row["seconds"] for row in rows if row["nnunet"]}
+    lines = []
+    for row in rows:
+        ratios = (f"{nnunet[on] / row['seconds']:.1f}" if on in nnunet else "" for on in ("off", "on"))
+        cold = "" if row["cold"] is None else f"{row['cold']:.1f} s"
+        cells = [row["system"], f"{row['seconds']:.1f} s", str(row["runs"]), cold, *ratios]
+        cells += [f"{row['peak'] / 1e9:.2f} GB", f"{row['agreement']:.4f}"]
+        lines.append([*cells, f"{row['dice']:.4f}"] if truth else cells)
+    return table((*header, "Dice") if truth else header, lines)
+
+
+def _stages(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if not row["stages"]:
+            continue
+        stages = [row["stages"].get(name, 0.0) for name in STAGES]
+        rest = row["seconds"] - sum(row["stages"].values())
+        lines.append([row["system"], *(f"{value:.2f}" for value in (*stages, rest, row["seconds"]))])
+    return table(("profile | backend | precision", *STAGES, "rest", "all"), lines)
+
+
+def _roofline(found: Mapping[str, Sequence[Row]], peaks: Mapping[str, float]) -> str:
+    lines = [[precision, f"{value / 1e9:.0f}"] for precision, value in peaks.items()]
+    shares = []
+    for case, rows in found.items():
+        for row in rows:
+            if row["nnunet"] or row["precision"] not in peaks:
+                continue
+            best = row["operations"] / peaks[row["precision"]]
+            tile = f"{row['tiles']} of {' x '.join(map(str, row['tile']))}"
+            tile += f", {row['copies']} mirrored copies" if row["copies"] > 1 else ""
+            rate = row["operations"] / row["stages"]["infer"] / 1e9
+            cells = [case, row["system"], tile, f"{row['operations'] / 1e9:.0f}", f"{rate:.0f}"]
+            shares.append([*cells, f"{best / row['stages']['infer']:.0%}", f"{best / row['seconds']:.0%}"])
+    header = ("network", "profile | backend | precision", "tiles", "GFLOP", "GFLOP/s", "infer of peak", "run of peak")
+    return table(("precision", "peak, GFLOP/s"), lines) + "\n" + table(header, shares)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a header such as `a | b` stands for as many columns."""
+    columns = " | ".join(header)
+    lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

@@ -1,0 +1,98 @@
+"""What `edgemuse tune` measured on this machine: a small file for each bundle, kept beside the compiled engines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgemuse.engines.cache import cache_key
+from edgemuse.engines.hardware import cpu_cores, cpu_name
+
+log = logging.getLogger("edgemuse")
+
+SUFFIX = ".tuned.json"
+MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one way to run a bundle took for a scan, engine from the cache, median."""
+
+    backend: str
+    device: str
+    precision: str
+    profile: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The timings of the bundle called `name` with the scan called `scan`, fastest first."""
+
+    name: str
+    scan: str
+    timings: tuple[Timing, ...]
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(asdict(self) | {"machine": _machine()}, indent=2) + "\n"
+
+
+def _machine() -> dict[str, str | int]:
+    """What timings depend on besides the bundle."""
+    return {"cpu": cpu_name(), "cores": cpu_cores(), "edgemuse": version("edgemuse")}
+
+
+def tuned_path(folder: Path, sha256: str) -> Path:
+    """Where the timings of the bundle with this hash are kept for this machine."""
+    return folder / (cache_key({"bundle": sha256, **_machine()}) + SUFFIX)
+
+
+def recall(folder: Path | None, sha256: str) -> Tuned | None:
+    """What was measured of a bundle here, or None; a file that is damaged is passed over with a warning."""
+    if folder is None:
+        return None
+    path = tuned_path(folder, sha256)
+    return _read(path) if path.is_file() else None
+
+
+def recall_all(folder: Path) -> Iterator[Tuned]:
+    """All that was measured on this machine."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        found = _read(path, _machine())
+        if found is not None:
+            yield found
+
+
+def _read(path: Path, machine: dict[str, str | int] | None = None) -> Tuned | None:
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(MAX_BYTES))
+        if machine not in (None, content["machine"]):
+            return None
+        timings = tuple(_timing(row) for row in content["timings"])
+        return Tuned(_text(content["name"]), _text(content["scan"]), timings)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        log.warning("%s is not used (%s); run 'edgemuse tune' again", path, type(error).__name__)
+        return None
+
+
+def _timing(row: Any) -> Timing:
+    timing = Timing(**{field.name: row[field.name] for field in fields(Timing)})
+    if not isinstance(timing.seconds, float) or not (math.isfinite(timing.seconds) and timing.seconds > 0):
+        raise ValueError("seconds")
+    for value in (timing.backend, timing.device, timing.precision, timing.profile):
+        _text(value)
+    return timing
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("text")
+    return value

@@ -1,0 +1,168 @@
+"""Tuning remembers the fastest engine that passed, and `segment` takes it where it may choose."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from bundles import CommandLine, edit_manifest, gate_row, replace_file, tiny_bundle, tiny_graph, write_scan
+
+from edgemuse.calibration import tune
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.protocol import EngineOptions
+from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.pipeline import Options
+from edgemuse.runtime.precision import choose_engine
+from edgemuse.runtime.tuned import Timing, Tuned, recall, tuned_path
+
+pytest.importorskip("onnxruntime", reason="two backends are needed: pip install 'edgemuse[onnxruntime]'")
+
+AUTO = EngineOptions(precision="auto")
+PASSED = ("openvino", "int8", "fast"), ("onnxruntime", "int8", "fast"), ("onnxruntime", "fp32", "fast")
+SECONDS = {("openvino", "fp32"): 4.0, ("openvino", "int8"): 3.0, ("onnxruntime", "fp32"): 2.0}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """int8 passed with both backends for the profile `fast`, and failed with ONNX Runtime for `balanced`."""
+    folder = replace_file(tiny_bundle(tmp_path / "tiny.bundle"), "int8.onnx", tiny_graph())
+    rows = [gate_row(backend=backend, precision=of, profile=profile) for backend, of, profile in PASSED]
+    rows.append(gate_row(backend="onnxruntime", profile="balanced", failures=("too far",)))
+    graphs = {"fp32": "fp32.onnx", "int8": "int8.onnx"}
+    return edit_manifest(folder, graphs=graphs, gate=[asdict(row) for row in rows])
+
+
+class Clock:
+    """Stands for segmenting: each way takes what `SECONDS` says, the first time ten times as long."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, str]] = []
+
+    def __call__(self, bundle: Bundle, options: Options, scan: Path) -> float:
+        engine = options.engine
+        call = engine.backend, engine.precision, options.profile
+        first = call not in self.calls
+        self.calls.append(call)
+        return SECONDS.get(call[:2], 1.0) * (10 if first else 1)
+
+
+def measured(bundle: Path) -> tuple[Tuned, Clock]:
+    clock = Clock()
+    return tune.measure_all(open_bundle(bundle), Path("a_T1w.nii.gz"), lambda line: None, clock), clock
+
+
+def remember(bundle: Path, folder: Path, tuned: Tuned) -> Bundle:
+    folder.mkdir(exist_ok=True)
+    opened = open_bundle(bundle)
+    tuned_path(folder, opened.sha256).write_text(tuned.to_json())
+    return opened
+
+
+def test_medians_of_what_passed_are_remembered_and_nothing_else(bundle: Path) -> None:
+    tuned = measured(bundle)[0]
+    found = {(t.backend, t.precision, t.profile): t.seconds for t in tuned.timings}
+    assert found[("onnxruntime", "int8", "fast")] == 1.0
+    assert found[("openvino", "fp32", "reference")] == 4.0
+    assert found[("openvino", "int8", "fast")] == 3.0
+    assert not [key for key in found if key[1] == "int8" and key[2] != "fast"]
+    assert [t.seconds for t in tuned.timings] == sorted(t.seconds for t in tuned.timings)
+
+
+def test_candidates_take_turns(bundle: Path) -> None:
+    _, clock = measured(bundle)
+    count = len(set(clock.calls))
+    assert clock.calls == clock.calls[:count] * (1 + tune.ROUNDS)
+
+
+def test_a_backend_that_fails_is_left_out(bundle: Path) -> None:
+    def failing(opened: Bundle, options: Options, scan: Path) -> float:
+        if options.engine.backend == "onnxruntime":
+            raise BackendError("out of order")
+        return 1.0
+
+    lines: list[str] = []
+    tuned = tune.measure_all(open_bundle(bundle), Path("a.nii"), lines.append, failing)
+    assert {timing.backend for timing in tuned.timings} == {"openvino"}
+    assert any("onnxruntime" in line and "left out: out of order" in line for line in lines)
+
+
+def test_segment_takes_the_fastest_that_fits_what_was_asked(bundle: Path, tmp_path: Path) -> None:
+    opened = remember(bundle, tmp_path / "cache", measured(bundle)[0])
+    here = replace(AUTO, cache_dir=tmp_path / "cache")
+
+    def chosen(profile: str, **asked: str) -> tuple[str, str]:
+        options = choose_engine(opened, profile, replace(here, **asked))
+        return options.backend, options.precision
+
+    assert chosen("fast") == ("onnxruntime", "int8")
+    assert chosen("fast", backend="openvino") == ("openvino", "int8")
+    assert chosen("fast", precision="fp32") == ("onnxruntime", "fp32")
+    assert chosen("fast", backend="openvino", precision="fp32") == ("openvino", "fp32")
+    assert chosen("reference") == ("onnxruntime", "fp32")
+    untuned = choose_engine(opened, "fast", AUTO)
+    assert untuned.backend == "openvino"
+
+
+def test_what_no_longer_passes_or_works_is_not_taken(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(Timing("onnxruntime", "CPU", name, "balanced", 0.1) for name in ("int8", "bf16"))
+    gone = Timing("openvino", "GPU", "fp32", "balanced", 0.1)
+    opened = remember(bundle, tmp_path / "cache", Tuned("tiny", "a", (*rows, gone)))
+    options = choose_engine(opened, "balanced", replace(AUTO, cache_dir=tmp_path / "cache"))
+    assert (options.backend, options.device, options.precision) == ("openvino", "CPU", "fp32")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"name": 1}', '{"name": "a", "scan": "b", "timings": [{}]}', "nan", "\x00", '{"a": ' * 9999],
+)
+def test_a_damaged_file_is_passed_over_with_a_warning(
+    text: str, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = remember(bundle, tmp_path / "cache", Tuned("tiny", "a", ()))
+    tuned_path(tmp_path / "cache", opened.sha256).write_text(text)
+    assert choose_engine(opened, "fast", replace(AUTO, cache_dir=tmp_path / "cache")).backend == "openvino"
+    assert "run 'edgemuse tune' again" in caplog.text
+
+
+def test_another_machine_knows_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = remember(bundle, tmp_path / "cache", measured(bundle)[0])
+    assert recall(tmp_path / "cache", opened.sha256)
+    monkeypatch.setattr("edgemuse.runtime.tuned.cpu_cores", lambda: 999)
+    assert recall(tmp_path / "cache", opened.sha256) is None
+
+
+def test_the_command_and_what_is_said_of_it(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli, clock = CommandLine(capfd, tmp_path / "cache"), Clock()
+    scan = write_scan(tmp_path / "data" / "a_T1w.nii.gz")
+    monkeypatch.setattr(tune, "seconds_of", clock)
+    assert "not tuned on this machine" in cli("info", bundle).out
+    ran = cli("tune", bundle, "--data", tmp_path / "data")
+    assert ran.code == 0, ran.err
+    assert "onnxruntime CPU int8, profile fast: round 3 of 3" in ran.err
+    line = next(line for line in ran.out.splitlines() if line.endswith("fastest") and line.split()[0] == "fast")
+    assert line.split()[1:4] == ["onnxruntime", "CPU", "int8"]
+    assert line in cli("info", bundle).out
+    assert "tuned on this machine, with a_T1w.nii.gz" in cli("devices").out
+    ran = cli("segment", scan, "-m", bundle, "-o", tmp_path, "--profile", "fast")
+    assert ran.code == 0, ran.err
+    backend = json.loads((tmp_path / "a_provenance.json").read_text())["backend"]
+    assert (backend["name"], backend["precision"], backend["gate"]) == ("onnxruntime", "int8", "passed")
+
+
+def test_segmenting_is_what_is_timed(bundle: Path, tmp_path: Path) -> None:
+    scan = write_scan(tmp_path / "a_T1w.nii.gz")
+    options = Options("fast", EngineOptions("openvino", "fp32", "CPU"))
+    assert tune.seconds_of(open_bundle(bundle), options, scan) > 0
+
+
+def test_no_scans_is_one_line(bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    ran = CommandLine(capfd, tmp_path / "cache")("tune", bundle, "--data", tmp_path / "empty")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "no scans there" in ran.err
