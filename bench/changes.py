@@ -1,7 +1,7 @@
 """What changes to the runtime brought: each step as it is now, in turn with the simple form that it replaced.
 
-`python -m edgemuse.bench.changes SHARED` prints the table; `edgemuse.bench.performance` puts it into its page. Both
-forms give the same result, which is checked on the way.
+`python -m edgemuse.bench.changes SHARED` prints the table; `edgemuse.bench.performance` puts it into its page. The
+results of both forms are compared on the way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ SPACING = (1.5, 1.5, 1.5)
 
 @dataclass(frozen=True)
 class Change:
-    """A step `before` and `after`, which give the same, and what was expected of the change."""
+    """A step `before` and `after`, and what was expected of the change.
+
+    Both give the same but for `quality`, where parts that lie close together are now one: no share is larger.
+    """
 
     name: str
     predicted: str
@@ -63,8 +66,8 @@ def changes(shared: Path) -> Iterator[Change]:
     classes = _classes(scans.labels_of(scan.path), labels)
     mm3 = voxel_mm3(scan.affine)
     yield Change(
-        "quality: components of two structures at a time",
-        "up to 2 times faster on two idle cores",
+        "quality: components of each structure among blocks of 2 x 2 x 2 voxels",
+        "up to 8 times faster",
         lambda: _apart(classes, labels, mm3),
         lambda: apart(classes, labels, mm3),
     )
@@ -108,7 +111,7 @@ def _cuts(classes: Labels) -> list[tuple[picture.Plane, int]]:
 
 
 def measured(shared: Path, rounds: int = ROUNDS) -> str:
-    """The table: medians of `rounds` in turn. Raises AssertionError if two forms do not give the same."""
+    """The table: medians of `rounds` in turn. Raises AssertionError if a form does not give what it should."""
     rows = []
     for change in changes(shared):
         seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -127,7 +130,8 @@ def measured(shared: Path, rounds: int = ROUNDS) -> str:
 
 def _same(before: Any, after: Any) -> None:
     if isinstance(before, dict):
-        assert before == after
+        assert before.keys() == after.keys()
+        assert all(after[index] <= before[index] for index in before)
         return
     for one, two in zip(before, after, strict=True):
         np.testing.assert_allclose(one, two, rtol=2e-7, atol=1e-10)

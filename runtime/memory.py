@@ -91,7 +91,7 @@ def plan_memory(
     activations = ACTIVATIONS.get(precision, ACTIVATIONS_DEFAULT) * network.activation_bytes
     return MemoryPlan(
         engine=math.ceil(weights + tile * (activations + outputs * 4 * network.channels_out)),
-        scan=voxels * 13,
+        scan=voxels * 11,
         preprocessing=(voxels + inner_voxels) * 4 + _resampling_bytes(shape, inner, turn.spacing(scan.zooms), network),
         features=4 * network.channels_out * (rows + carried + 4 * math.prod(shape[1:])) + inner_voxels * 8 + voxels * 4,
     )
