@@ -100,7 +100,7 @@ def test_engines_of_a_cascade(cli: CommandLine, gpu: Machine, tmp_path: Path) ->
     assert "building regions fp32 for 8.6 (3 of 4)" in ran.err
     gpu.driver = driver
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz", head_image((40, 44, 36)))
-    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "-v")
+    ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "-v", "--backend", "tensorrt")
     assert ran.code == 0, ran.err
     assert ran.err.count("engine from cache") == 2
 
