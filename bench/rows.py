@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.engines.hardware import machine
-from edgemuse.runtime.outputs import write_files
+from edgemuse.runtime.outputs import write_file
 
 Row: TypeAlias = dict[str, Any]
 NAME = "results.jsonl"
@@ -108,7 +108,7 @@ class Results:
                     "put the two side by side with 'edgemuse bench compare'"
                 )
         if self.rows:  # drops what an interrupted run left half written
-            write_files({folder / NAME: "".join(map(_line, self.rows)).encode()})
+            write_file(folder / NAME, "".join(map(_line, self.rows)).encode())
 
     def find(self, **fields: Any) -> Row | None:
         """A row with these fields, if there is one."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,14 @@ from statistics import median
 
 import click
 
+from edgemuse.calibration.cascade import stage_inputs
 from edgemuse.calibration.evaluate import Setting, quiet, settings
-from edgemuse.calibration.scans import find_scans
-from edgemuse.engines.errors import BackendError, InputError
-from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.calibration.scans import Source, find_scans
+from edgemuse.engines.errors import BackendError, InputError, MemoryLimitError
+from edgemuse.runtime.bundle import Bundle, Cascade, open_model
 from edgemuse.runtime.describe import tuned_lines
-from edgemuse.runtime.outputs import write_files
+from edgemuse.runtime.models import model_dir_option
+from edgemuse.runtime.outputs import write_file
 from edgemuse.runtime.pipeline import Options, Segmenter, default_cache_dir
 from edgemuse.runtime.precision import may_choose
 from edgemuse.runtime.store import find_model
@@ -35,29 +38,49 @@ ROUNDS = 3
     "--data", required=True, type=click.Path(path_type=Path), metavar="DIR",
     help="Folder of T1 scans (.nii.gz), like those that the bundle will be used on: the first by name is segmented.",
 )  # fmt: skip
-def tune(bundle: Path | None, data: Path) -> None:
+@model_dir_option
+def tune(bundle: Path | None, data: Path, model_dir: Path | None) -> None:
     """Measure here every backend, precision and profile that passed a bundle's accuracy gate.
 
     Without BUNDLE: the built-in model. The first scan of DIR is segmented four times in each way, in turn; the
     first round compiles and is not counted. fp32 needs no gate. Medians are kept beside the compiled engines, for
-    this bundle and this machine. From then on 'segment' takes the fastest where it may choose: where --backend,
-    --device or --precision is auto. 'edgemuse info' shows the figures; measure again after an update of edgemuse or
-    a change of the machine, when nothing else runs.
+    this bundle and this machine; of a cascade, both networks are measured, each on what it gets. From then on
+    'segment' takes the fastest where it may choose: where --backend, --device or --precision is auto. 'edgemuse info'
+    shows the figures; measure again after an update of edgemuse or a change of the machine, when nothing else runs.
 
     \b
     Example:
       edgemuse tune dlmuse.bundle --data scans
       edgemuse segment T1.nii.gz -o out --model dlmuse.bundle --profile fast
     """  # noqa: D301  # \b keeps click from wrapping the example
-    opened = open_bundle(find_model(bundle))
+    opened = open_model(find_model(bundle, model_dir))
     scans = find_scans(data)
     if not scans:
         raise InputError(f"{data}: no scans there; put a T1 (.nii.gz) into it that is like those to be segmented")
-    tuned = measure_all(opened, scans[0].path, partial(click.echo, err=True), seconds_of)
+    progress = partial(click.echo, err=True)
+    with tempfile.TemporaryDirectory(prefix="edgemuse-") as folder:
+        for role, network, scan in _networks(opened, scans[0], Path(folder), progress):
+            tuned = measure_all(network, scan, lambda line, role=role: progress(role + line), seconds_of)  # type: ignore[misc]
+            _keep(network, tuned)
+            click.echo("\n".join(role + line for line in tuned_lines(tuned)))
+
+
+def _networks(
+    model: Bundle | Cascade, scan: Source, folder: Path, progress: Callable[[str], None]
+) -> Iterator[tuple[str, Bundle, Path]]:
+    """What stands before its lines, the bundle and its scan: of a cascade those of each stage."""
+    if isinstance(model, Bundle):
+        yield "", model, scan.path
+        return
+    inputs = stage_inputs(model, [scan], folder, progress)
+    for role, bundle in model.bundles.items():
+        yield f"{role}: ", bundle, inputs[role][0].path
+
+
+def _keep(bundle: Bundle, tuned: Tuned) -> None:
     folder = default_cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    write_files({tuned_path(folder, opened.sha256): tuned.to_json().encode()})
-    click.echo("\n".join(tuned_lines(tuned)))
+    write_file(tuned_path(folder, bundle.sha256), tuned.to_json().encode())
 
 
 def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], measure: Measure) -> Tuned:
@@ -70,7 +93,7 @@ def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], mea
             options = replace(setting.options.engine, cache_dir=default_cache_dir())
             try:
                 taken = measure(bundle, Options(setting.profiles[0], options), scan)
-            except BackendError as error:
+            except (BackendError, MemoryLimitError) as error:
                 progress(f"{setting}: left out: {error}")
                 del seconds[setting]
                 continue

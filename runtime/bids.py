@@ -136,34 +136,42 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def merge_tables(output: Path, participants: Sequence[str]) -> list[Path]:
-    """Put the volume tables of all scans in `output`, or of these participants, into one a model; returns their paths.
+def merge_tables(output: Path, participants: Sequence[str], sessions: Sequence[str] = ()) -> list[Path]:
+    """Put the volume tables of all scans in `output`, or of these participants and sessions, into one a model.
 
-    Raises InputError where there is no table or one is not like the others.
+    Returns their paths. Raises InputError where there is no table or one is not like the others.
     """
-    subjects = _subjects(output, participants)
+    if not (output / DESCRIPTION).exists():
+        raise _nothing(output)
     _check_ours(output / DESCRIPTION)
+    subjects = _subjects(output, participants)
+    wanted = {f"ses-{label.removeprefix('ses-')}" for label in sessions}
     merged = {}
     for name, delimiter in (("volumes.tsv", "\t"), (outputs.DLMUSE_CSV, ",")):
         by_model: dict[str, list[Path]] = {}
         for path in (path for subject in subjects for path in sorted(subject.rglob(f"anat/*_seg-*_{name}"))):
-            by_model.setdefault(_entity(path.name, "seg"), []).append(path)
+            if not wanted or _session(path.name) in wanted:
+                by_model.setdefault(_entity(path.name, "seg"), []).append(path)
         for label, paths in by_model.items():
             header = ["participant_id", "session_id", "scan"] if delimiter == "\t" else []
             rows = _rows(paths, delimiter, keyed=bool(header))
             merged[output / f"group_seg-{label}_{name}"] = table(delimiter, header + next(rows), rows).encode()
     if not merged:
-        raise InputError(f"{output}: no volumes there; run 'edgemuse bids BIDS_DIR {output} participant' first")
+        raise _nothing(output)
     for path, text in merged.items():
         outputs.write_file(path, text)
     return list(merged)
+
+
+def _nothing(output: Path) -> InputError:
+    return InputError(f"{output}: no volumes there; run 'edgemuse bids BIDS_DIR {output} participant' first")
 
 
 def _rows(paths: Sequence[Path], delimiter: str, keyed: bool) -> Iterator[list[str]]:
     """The common header, then the rows of all tables; `keyed`: those begin with participant, session and scan."""
     common: list[str] | None = None
     for path in paths:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
             header, *rows = [*csv.reader(file, delimiter=delimiter)] or [[]]
         if common is None:
             common = header

@@ -30,10 +30,10 @@ class Claim:
     """A claim on the results at `place`, one of their paths."""
 
     def __init__(self, place: Path) -> None:
-        mark = hashlib.sha256(place.name.encode()).hexdigest()[:16]  # the name itself could be too long
+        mark = hashlib.sha256(os.fsencode(place.name)).hexdigest()[:16]  # the name itself could be too long
         self.path = place.with_name(f".{mark}.lock")
         self.exclusive = False
-        """Whether it is held, and the file system has locks: then no other process works on the scan."""
+        """Whether it is held, and there are locks: then no other process of this machine works on the scan."""
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:

@@ -75,7 +75,7 @@ class Commands(click.Group):
 
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int]:
     """`2/8` as (2, 8)."""
-    number, slash, count = (value or "1/1").partition("/")
+    number, slash, count = ("1/1" if value is None else value).partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise click.BadParameter(f"{value!r} is not I/N with I from 1 to N, such as 2/8")
     return int(number), int(count)
@@ -121,7 +121,8 @@ ENGINE_OPTIONS = (
         "--max-ram",
         type=click.FloatRange(min=0, min_open=True),
         metavar="GIB",
-        help="Refuse a scan that needs more memory.  [default: 90 % of what is free]",
+        help="Refuse a scan that needs more memory. Of several processes give each its share.  [default: 90 % of what "
+        "is free]",
     ),
     click.option(
         "--no-postprocess",
@@ -129,7 +130,9 @@ ENGINE_OPTIONS = (
         help="Keep islands: parts of a structure apart from its main part. "
         "Bundles say which structures are in one piece; by default none.",
     ),
-    click.option("--no-qc", is_flag=True, help="Write no picture."),
+    click.option(
+        "--no-qc", is_flag=True, help="Write no picture. A scan that is done is not done again for its picture alone."
+    ),
     click.option(
         "--overwrite",
         is_flag=True,
@@ -181,8 +184,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @cli.command()
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path), metavar="T1.nii.gz|FOLDER...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("--list", "listed", type=click.File(encoding="utf-8"), metavar="FILE", help="More scans and folders: a "
-              "text file with a path a line; - reads them from stdin.")  # fmt: skip
+@click.option("--list", "listed", type=click.File(encoding="utf-8-sig"), metavar="FILE",
+              help="More scans and folders: a text file with a path a line; - reads them from stdin.")  # fmt: skip
 @engine_options
 @click.pass_context
 def segment(
@@ -286,7 +289,9 @@ def bids(
     if level == "group":
         from edgemuse.runtime.bids import merge_tables
 
-        click.echo("\n".join(map(str, merge_tables(output, participants))))
+        if options["scheduler"] or options["shard"] != (1, 1):
+            raise click.UsageError("--scheduler and --shard are for participant; group is one short step.")
+        click.echo("\n".join(map(str, merge_tables(output, participants, sessions))))
         return
 
     def find(opened: Bundle | Cascade) -> list[Job]:
@@ -391,26 +396,27 @@ def _show_usage_error(error: click.ClickException, help_wanted: bool) -> None:
     click.echo(f"edgemuse: {' '.join(error.format_message().split())} See '{command} --help'.", err=True)
 
 
-def _guard(work: Callable[[], int | None], debug: bool) -> int:
-    """Run `work`; turn what it raises into a line on stderr and the exit code."""
+def _guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
+    """Run `work`; turn what it raises into a line on stderr, which names what it is `about`, and the exit code."""
     try:
         return work() or 0
     except (EdgemuseError, MemoryError, OSError) as error:
         if debug:
             raise
-        click.echo(f"edgemuse: {_one_line(error)}", err=True)
+        click.echo(f"edgemuse: {_one_line(error, about)}", err=True)
         return error.exit_code if isinstance(error, EdgemuseError) else FAILURE
     except (click.ClickException, click.exceptions.Abort, click.exceptions.Exit):
         raise
     except Exception as error:
         if debug:
             raise
-        click.echo(f"edgemuse: internal error: {_one_line(error)}; --debug shows where", err=True)
+        click.echo(f"edgemuse: internal error: {_one_line(error, about)}; --debug shows where", err=True)
         return FAILURE
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: BaseException, about: str = "") -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if about in line else f"{about}: {line}"
 
 
 def _show_log(verbose: bool) -> None:
@@ -464,18 +470,23 @@ def _segment_all(
     from edgemuse.runtime.stages import segmenter_of
     from edgemuse.runtime.store import find_model
 
+    def found() -> tuple[list[Job], Screen]:
+        """Last of all, because it makes the folder of the results."""
+        jobs = part(find(opened), *shard)
+        prepare_folder(output)
+        return jobs, Screen(len(jobs), debug)
+
     opened = open_model(find_model(model, model_dir))
     options = _options(max_ram, not no_postprocess, **engine)
-    jobs = part(find(opened), *shard)
-    prepare_folder(output)
-    screen = Screen(len(jobs), debug)
     if scheduler:
         with needs_extra("cluster", "--scheduler", "distributed"):
             from edgemuse.runtime import cluster
         task = cluster.Task(opened.path, opened.sha256, options, not no_qc, overwrite)
+        jobs, screen = found()
         counts = cluster.run(scheduler, task, jobs, screen)
     else:
         with segmenter_of(opened, options) as segmenter:
+            jobs, screen = found()
             batch = Batch(segmenter, wanted(opened.sha256, options), screen, not no_qc, overwrite)
             counts = batch.run(jobs)
     screen.summary(counts)
@@ -490,9 +501,9 @@ class Screen:
         self._started, self._begun, self._handled = time.perf_counter(), 0, 0
         self._waiting = False
 
-    def guard(self, work: Callable[[], None]) -> int:
-        """Run `work`; what it raises becomes a line and the exit code."""
-        return _guard(work, self.debug)
+    def guard(self, work: Callable[[], None], job: Job) -> int:
+        """Run `work`; what it raises becomes a line, which names the scan, and the exit code."""
+        return _guard(work, self.debug, str(job.scan))
 
     @contextmanager
     def scan(self, job: Job) -> Iterator[Callable[[int, int], None]]:

@@ -54,7 +54,7 @@ class Report:
     paths: list[Path] = field(default_factory=list)
     seconds: float = 0.0
 
-    def guard(self, work: Callable[[], None]) -> int:
+    def guard(self, work: Callable[[], None], job: Job) -> int:
         """Keep what `work` raises; the exit code."""
         try:
             work()
@@ -103,7 +103,7 @@ def work(job: Job, task: Task) -> Report:
     with _one_at_a_time:
         log.addHandler(keep)
         try:
-            code = report.guard(lambda: _work(job, task, report))
+            code = report.guard(lambda: _work(job, task, report), job)
         finally:
             log.removeHandler(keep)
     if code:
@@ -132,10 +132,12 @@ def run(address: str, task: Task, jobs: Sequence[Job], screen: Screen) -> Counts
     task = replace(task, model=task.model.absolute())
     counts = Counts()
     with _connected(address) as client:
+        if not client.scheduler_info()["workers"]:
+            log.warning("%s has no workers yet; waiting for some, see docs/cluster.md", address)
         futures = {client.submit(work, _absolute(job), task, pure=False): job for job in jobs}
         for future in as_completed(list(futures)):
             job = futures.pop(future)
-            code = screen.guard(partial(_take_over, job, future, counts, screen))
+            code = screen.guard(partial(_take_over, job, future, counts, screen), job)
             if code:
                 counts.codes.append(code)
     return counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from edgemuse.runtime.outputs import output_paths
 from edgemuse.runtime.scan import SUFFIXES, scan_stem
 
 OTHER_IMAGES = frozenset(
-    "dseg probseg mask t2w t2star t2starw flair pdw pdt2 inplanet1 inplanet2 t1map t2map bold sbref dwi epi asl m0scan "
-    "phasediff phase1 phase2 magnitude magnitude1 magnitude2 fieldmap angio swi ct pet seg labels brainmask".split()
+    "dseg probseg mask t2 t2w t2star t2starw flair t2flair pd pdw pdt2 b0 adc inplanet1 inplanet2 t1map t2map bold "
+    "sbref dwi epi asl m0scan phasediff phase1 phase2 magnitude magnitude1 magnitude2 fieldmap angio swi ct pet seg "
+    "labels brainmask".split()
 )
-"""What a file in a folder is not called after its last underscore if it is a T1; BIDS's suffixes, mostly."""
+"""What a file in a folder is not called after its last underscore or hyphen if it is a T1; BIDS's suffixes, mostly."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def may_be_t1(name: str) -> bool:
     """Whether a file called `name` may be a T1 scan: a NIfTI file that is not named after another kind of image."""
     if name[0] == "." or not name.lower().endswith(SUFFIXES):
         return False
-    return scan_stem(Path(name)).lower().rpartition("_")[2] not in OTHER_IMAGES
+    return re.split("[_-]", scan_stem(Path(name)).lower())[-1] not in OTHER_IMAGES
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
@@ -77,8 +79,14 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
 
 
 def read_list(lines: Iterable[str]) -> list[Path]:
-    """The paths in a text list, one a line; empty lines and those that begin with # are passed over."""
-    stripped = (line.strip().lstrip("\ufeff") for line in lines)
+    """The paths in a text list, one a line; empty lines and those that begin with # are passed over.
+
+    Raises InputError if it is not UTF-8.
+    """
+    try:
+        stripped = [line.strip() for line in lines]
+    except UnicodeDecodeError as error:
+        raise InputError(f"the list of scans is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     return [Path(line) for line in stripped if line and not line.startswith("#")]
 
 

@@ -13,7 +13,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,8 +55,8 @@ class Pipeline(Protocol):
 class Screen(Protocol):
     """Who is told what happens."""
 
-    def guard(self, work: Callable[[], None]) -> int:
-        """Run `work`, report what it raises and return an exit code: 0 if nothing was raised."""
+    def guard(self, work: Callable[[], None], job: Job) -> int:
+        """Run `work` on `job`, report what it raises and return an exit code: 0 if nothing was raised."""
         ...
 
     def scan(self, job: Job) -> AbstractContextManager[Progress]:
@@ -102,6 +102,7 @@ class Taken:
 class Writing:
     """Results on their way to the disk, and the memory that they take until they are there."""
 
+    job: Job
     claim: Claim
     bytes: int
     paths: Future[list[Path]]
@@ -135,7 +136,7 @@ class Batch:
         try:
             with ThreadPoolExecutor(1, "edgemuse") as self._pool:
                 while (taken := self._next()) is not None:
-                    self._guarded(partial(self._segment, taken), taken.claim)
+                    self._guarded(partial(self._segment, taken), taken.job, taken.claim)
                     del taken
                 self._settle()
         finally:
@@ -161,7 +162,6 @@ class Batch:
             job = self._open.popleft()
             claim = Claim(job.outputs[PROVENANCE])
             try:
-                plan = self.segmenter.plan(open_scan(job.scan))
                 if not self._claim(claim, job):
                     self._elsewhere.append(job)
                 elif is_done(job, None if self.overwrite else self.wanted):
@@ -171,7 +171,8 @@ class Batch:
                 else:
                     if claim.exclusive:
                         discard_parts(job.outputs.values())
-                    return Taken(job, claim, self.segmenter.prepare(job.scan) if plan.ahead <= room else None)
+                    fits = self.segmenter.plan(open_scan(job.scan)).ahead <= room
+                    return Taken(job, claim, self.segmenter.prepare(job.scan) if fits else None)
             except Exception as error:  # raised again where it is reported
                 return Taken(job, claim, error=error)
         return None
@@ -198,15 +199,15 @@ class Batch:
             result = self.segmenter.finish(loaded, progress, self._planned)
         self._settle()
         work = partial(write, result, job.outputs, self.with_picture, job.notes)
-        self._writing = Writing(taken.claim, loaded.memory.behind, self._pool.submit(work))
+        self._writing = Writing(job, taken.claim, loaded.memory.behind, self._pool.submit(work))
 
     def _planned(self, total: int, last: bool) -> None:
         """The network is about to run, and this process to take `total` bytes without reading and writing."""
         limit = memory_limit(self.segmenter.options.max_ram)
-        if self._writing and (self._writing.paths.done() or total + self._writing.bytes > limit):
-            self._settle()
+        if self._writing and total + self._writing.bytes > limit:
+            wait([self._writing.paths])  # it is told of when this scan is done
         if last:
-            behind = self._writing.bytes if self._writing else 0
+            behind = self._writing.bytes if self._writing and not self._writing.paths.done() else 0
             self._ahead = self._pool.submit(self._take, limit - total - behind)
 
     def _settle(self) -> None:
@@ -214,7 +215,7 @@ class Batch:
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
-        self._guarded(lambda: self._written(writing), writing.claim)
+        self._guarded(lambda: self._written(writing), writing.job, writing.claim)
 
     def _written(self, writing: Writing) -> None:
         paths = writing.paths.result()
@@ -222,8 +223,8 @@ class Batch:
         self.counts.segmented += 1
         self.screen.written(paths)
 
-    def _guarded(self, work: Callable[[], None], claim: Claim) -> None:
-        code = self.screen.guard(work)
+    def _guarded(self, work: Callable[[], None], job: Job, claim: Claim) -> None:
+        code = self.screen.guard(work, job)
         if code:
             self.counts.codes.append(code)
             self._release(claim)
@@ -244,14 +245,19 @@ def is_done(job: Job, wanted: Wanted | None) -> bool:
         return False
     record = _record(job.outputs[PROVENANCE]) if PROVENANCE in found else {}
     files = record.get("files")
-    if not isinstance(files, dict) or not {*found} <= {*files, PROVENANCE}:
+    if not isinstance(files, dict):
         raise _in_the_way(job.outputs[found[0]], "")
+    strange = [name for name in found if name not in (*files, PROVENANCE)]
+    if strange:
+        raise _in_the_way(job.outputs[strange[0]], ", which the provenance does not list")
     other = _other(record, wanted, job.scan)
     if other:
         raise _in_the_way(job.outputs[PROVENANCE], f" for {other}")
     for name in found:
         if name != PROVENANCE and file_sha256(job.outputs[name]) != files[name]:
-            raise _in_the_way(job.outputs[name], " and was changed")
+            raise _in_the_way(
+                job.outputs[name], ", but not as its provenance says: changed since, or left by a killed run"
+            )
     return {*files} <= {*found}
 
 
@@ -283,9 +289,9 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _in_the_way(path: Path, why: str) -> OutputError:
-    return OutputError(f"{path} exists{why}; choose another folder, or replace it with --overwrite")
+    return OutputError(f"{path} exists{why}; choose another folder, or segment this scan again with --overwrite")
 
 
 def wanted(model_sha256: str, options: Options) -> Wanted:
     """What results of a model with `options`, as the user gave them, say in their provenance."""
-    return Wanted(model_sha256, asked(options.profile, options.engine, options.postprocess))
+    return Wanted(model_sha256, asked(options))

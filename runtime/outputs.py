@@ -6,10 +6,13 @@ import contextlib
 import gzip
 import hashlib
 import os
+import platform
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ DLMUSE_CSV = "DLMUSE_Volumes.csv"
 """Written for DLMUSE's labels alone."""
 PROVENANCE = "provenance.json"
 NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", DLMUSE_CSV, PROVENANCE, "qc.png")
+OLD = 3600.0
+"""Seconds after which a file that is being written was left by a process that is gone."""
 COMPRESSION = 4
 """gzip level: label maps shrink hardly more at higher ones."""
 
@@ -69,8 +74,8 @@ def nifti_bytes(indices: Labels, scan: Scan) -> bytes:
     return gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write every file beside its final name, then rename them all.
+def write_files(contents: Mapping[Path, bytes], gone: Iterable[Path] = ()) -> None:
+    """Write every file beside its final name, then rename them all; remove those that are `gone`.
 
     If one fails, what was there before is put back and OutputError is raised.
     """
@@ -80,7 +85,7 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             temporaries[path] = _beside(path)
             with _reported(path):
                 _write(temporaries[path], data)
-        _replace(temporaries)
+        _replace(temporaries, gone)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
@@ -97,18 +102,19 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _replace(temporaries: Mapping[Path, Path]) -> None:
+def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path]) -> None:
     kept: dict[Path, Path] = {}
     placed: list[Path] = []
     try:
-        for path, temporary in temporaries.items():
+        for path in (*gone, *temporaries):
             with _reported(path):
                 if path.exists():
                     kept[path] = _beside(path)
                     with contextlib.suppress(FileNotFoundError):  # another process was quicker
                         os.replace(path, kept[path])
-                os.replace(temporary, path)
-                placed.append(path)
+                if path in temporaries:
+                    os.replace(temporaries[path], path)
+                    placed.append(path)
     except OutputError:
         for path in placed:
             path.unlink()
@@ -128,21 +134,32 @@ def _reported(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
 
 
-def discard_parts(paths: Iterable[Path]) -> None:
-    """Remove what a killed process left of files that it was writing to `paths`; nobody else may be writing them."""
-    for path in paths:
-        for part in path.parent.glob(f".{_mark(path)}-*.part"):
+def discard_parts(paths: Collection[Path]) -> None:
+    """Remove what a killed process left of files that it was writing to `paths`; no other here may be writing them.
+
+    What another machine left goes when it is old, because locks do not reach every machine.
+    """
+    marks = {_mark(path) for path in paths}
+    for folder in {path.parent for path in paths}:
+        for part in folder.glob(".*.part"):
+            mark, machine, _ = [*part.name[1:].split("-"), "", ""][:3]
             with contextlib.suppress(OSError):
-                part.unlink()
+                if mark in marks and (machine == _machine() or time.time() - part.stat().st_mtime > OLD):
+                    part.unlink()
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{_mark(path)}-{secrets.token_hex(4)}.part")
+    return path.with_name(f".{_mark(path)}-{_machine()}-{secrets.token_hex(4)}.part")
+
+
+@cache
+def _machine() -> str:
+    return hashlib.sha256(os.fsencode(platform.node())).hexdigest()[:8]
 
 
 def _mark(path: Path) -> str:
     """Stands for the file's name where the whole name could be too long."""
-    return hashlib.sha256(path.name.encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -106,6 +106,7 @@ class Loaded:
         shown: (i, j, k) its intensities as grey values.
         prepared: the network's input, until it is taken.
         watch: the seconds so far.
+        sha256: of the file, as it was read.
     """
 
     scan: Scan
@@ -113,6 +114,7 @@ class Loaded:
     shown: NDArray[np.uint8]
     prepared: Prepared | None
     watch: Stopwatch
+    sha256: str
 
     def take(self) -> Prepared:
         """The network's input, once: its memory is given back as soon as the network has run."""
@@ -182,10 +184,11 @@ class Segmenter:
             scan, memory = admit(path, self.plan, self.options.max_ram)
             _warn_orientation(scan, self.network)
             image = read_image(scan)
+            sha256 = file_sha256(scan.path)
             shown = picture.to_bytes(image)
         with watch.stage("preprocess"):
             prepared = preprocess(image, scan.affine, scan.zooms, self.network)
-        return Loaded(scan, memory, shown, prepared, watch)
+        return Loaded(scan, memory, shown, prepared, watch, sha256)
 
     def finish(self, loaded: Loaded, progress: Progress, planned: Planned = lambda total, last: None) -> Segmentation:
         """The network and everything after it; `planned` hears of the memory before the network runs."""
@@ -194,7 +197,7 @@ class Segmenter:
         with watch.stage("quality"):
             subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
             flags = flagged(scan, subject)
-        provenance = self.provenance(scan, run, watch.seconds) | quality.record(flags)
+        provenance = self.provenance(scan, loaded.sha256, run, watch.seconds) | quality.record(flags)
         return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
 
     def run(
@@ -291,8 +294,8 @@ class Segmenter:
             )
         return np.ascontiguousarray(np.moveaxis(features[0], 0, -1))
 
-    def provenance(self, scan: Scan, run: Run, seconds: dict[str, float]) -> dict[str, Any]:
-        """How `run` was made of `scan`, for people and for making it again."""
+    def provenance(self, scan: Scan, sha256: str, run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+        """How `run` was made of `scan`, a file of that hash, for people and for making it again."""
         plan, engine = run.plan, run.engine
         mirrored_axes = list(self.network.mirror_axes) if self.profile.mirror else []
         return {
@@ -300,12 +303,12 @@ class Segmenter:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "input": {
                 "name": scan.path.name,
-                "sha256": file_sha256(scan.path),
+                "sha256": sha256,
                 "shape": scan.shape,
                 "mm": scan.zooms,
             },
             "model": {"name": self.bundle.manifest.name, "sha256": self.bundle.sha256},
-            "asked": asked(self.options.profile, self._asked, self.options.postprocess),
+            "asked": asked(replace(self.options, engine=self._asked)),
             "backend": {
                 "name": engine.backend,
                 "version": engine.version,
@@ -366,14 +369,16 @@ def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
     return flags
 
 
-def asked(profile: str, engine: EngineOptions, postprocess: bool) -> dict[str, Any]:
-    """What the user asked for that may change labels, for the provenance."""
+def asked(options: Options) -> dict[str, Any]:
+    """What the user asked for that may change labels, for the provenance. Memory does where it decides the tiles."""
+    large_tiles = PROFILES[options.profile].large_tiles
     return {
-        "profile": profile,
-        "backend": engine.backend,
-        "device": engine.device,
-        "precision": engine.precision,
-        "postprocess": postprocess,
+        "profile": options.profile,
+        "backend": options.engine.backend,
+        "device": options.engine.device,
+        "precision": options.engine.precision,
+        "postprocess": options.postprocess,
+        "max_ram": options.max_ram if large_tiles else None,
     }
 
 
@@ -392,8 +397,8 @@ def write(
         notes: what the provenance says besides.
 
     Returns:
-        The files written. The provenance, which lists the hashes of the others, is placed first: where the process is
-        killed halfway, it tells what is missing.
+        The files written; older ones of a kind that is not written are removed. The provenance, which lists the hashes
+        of the others, is placed first: where the process is killed halfway, it tells what is missing.
     """
     start = time.perf_counter()
     contents = _results(segmentation, with_picture)
@@ -402,7 +407,8 @@ def write(
     provenance = {**(notes or {}), **segmentation.provenance, "seconds": seconds, "files": files}
     record = {outputs.PROVENANCE: (json.dumps(provenance, indent=2) + "\n").encode()}
     contents = record | contents
-    outputs.write_files({paths[name]: data for name, data in contents.items()})
+    gone = [paths[name] for name in outputs.NAMES if name not in contents]
+    outputs.write_files({paths[name]: data for name, data in contents.items()}, gone)
     return [paths[name] for name in outputs.NAMES if name in contents]
 
 

@@ -42,7 +42,7 @@ from edgemuse.runtime.pipeline import (
 from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box, preprocess
 from edgemuse.runtime.quality import Subject
-from edgemuse.runtime.scan import Scan, read_image
+from edgemuse.runtime.scan import Scan, file_sha256, read_image
 from edgemuse.runtime.store import find_model
 from edgemuse.runtime.types import Affine, Image, Labels, Shape, Spacing
 
@@ -109,12 +109,13 @@ class CascadeSegmenter:
         with watch.stage("load"):
             scan, memory = admit(path, self.plan, self.options.max_ram)
             image = read_image(scan)
+            sha256 = file_sha256(scan.path)
             shown = picture.to_bytes(image)
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
         turned = Turned(turn.apply(image), turned_affine(scan.affine, scan.shape, turn), turn.spacing(scan.zooms))
         with watch.within(IN_MASK).stage("preprocess"):
             prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
-        return LoadedTurned(scan, memory, shown, prepared, watch, turned)
+        return LoadedTurned(scan, memory, shown, prepared, watch, sha256, turned)
 
     def finish(
         self, loaded: LoadedTurned, progress: Progress, planned: Planned = lambda total, last: None
@@ -136,7 +137,7 @@ class CascadeSegmenter:
         planned_bytes = max(
             memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan
         )
-        record = self._record(scan, first, second, planned_bytes, watch.seconds)
+        record = self._record(loaded, first, second, planned_bytes, watch.seconds)
         record["mask"] = {
             "voxels": int(mask.sum()),
             "mm3": float(mask.sum() * voxel_mm3(scan.affine)),
@@ -218,17 +219,20 @@ class CascadeSegmenter:
 
         Large tiles take what memory there is, and each scan's differ.
         """
-        yield
-        if stage.profile.large_tiles:
-            stage.close()
-            return
         smaller = min(self.mask.plan(scan).engine, self.regions.plan(scan).engine)
-        if memory.total + smaller > memory_limit(self.options.max_ram):
-            stage.close()
+        try:
+            yield
+        finally:
+            if stage.profile.large_tiles or memory.total + smaller > memory_limit(self.options.max_ram):
+                stage.close()
 
-    def _record(self, scan: Scan, first: Run, second: Run, planned: int, seconds: dict[str, float]) -> dict[str, Any]:
+    def _record(
+        self, loaded: Loaded, first: Run, second: Run, planned: int, seconds: dict[str, float]
+    ) -> dict[str, Any]:
         """The provenance: of the whole, and under `stages` what differs between them."""
-        mask, regions = self.mask.provenance(scan, first, seconds), self.regions.provenance(scan, second, seconds)
+        scan, sha256 = loaded.scan, loaded.sha256
+        mask = self.mask.provenance(scan, sha256, first, seconds)
+        regions = self.regions.provenance(scan, sha256, second, seconds)
         regions["memory"]["planned_bytes"] = planned
         whole = {"model": {"name": self.cascade.name, "sha256": self.cascade.sha256}}
         common = {key: value for key, value in regions.items() if key not in PER_STAGE}

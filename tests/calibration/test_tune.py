@@ -7,14 +7,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from bundles import CommandLine, edit_manifest, gate_row, replace_file, tiny_bundle, tiny_graph, write_scan
+from bundles import (
+    CommandLine,
+    edit_manifest,
+    gate_row,
+    replace_file,
+    tiny_bundle,
+    tiny_cascade,
+    tiny_graph,
+    write_scan,
+)
 
 from edgemuse.calibration import tune
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.bundle import Bundle, Cascade, open_bundle, open_model
 from edgemuse.runtime.pipeline import Options
 from edgemuse.runtime.precision import choose_engine
+from edgemuse.runtime.scan import open_scan
 from edgemuse.runtime.tuned import Timing, Tuned, recall, tuned_path
 
 pytest.importorskip("onnxruntime", reason="two backends are needed: pip install 'edgemuse[onnxruntime]'")
@@ -166,3 +176,27 @@ def test_no_scans_is_one_line(bundle: Path, tmp_path: Path, capfd: pytest.Captur
     ran = CommandLine(capfd, tmp_path / "cache")("tune", bundle, "--data", tmp_path / "empty")
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert "no scans there" in ran.err
+
+
+def test_both_networks_of_a_cascade_are_tuned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each on what it gets, and kept under its own hash."""
+    cascade = tiny_cascade(tmp_path / "both.bundle")
+    seen = {}
+
+    def timed(bundle: Bundle, options: Options, scan: Path) -> float:
+        seen[bundle.sha256] = open_scan(scan).shape
+        return 1.0
+
+    monkeypatch.setattr(tune, "seconds_of", timed)
+    scan = write_scan(tmp_path / "data" / "a_T1w.nii.gz")
+    ran = CommandLine(capfd, tmp_path / "cache")("tune", cascade, "--data", tmp_path / "data")
+    assert ran.code == 0, ran.err
+    assert {line.partition(":")[0] for line in ran.out.splitlines()} == {"mask", "regions"}
+    opened = open_model(cascade)
+    assert isinstance(opened, Cascade)
+    mask, regions = opened.mask, opened.regions
+    assert set(seen) == {mask.sha256, regions.sha256}
+    assert seen[mask.sha256] == open_scan(scan).shape != seen[regions.sha256]
+    assert all(recall(tmp_path / "cache", bundle.sha256) for bundle in (mask, regions))

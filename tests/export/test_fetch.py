@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -321,28 +320,6 @@ def test_a_network_that_is_not_dlmuse(hub: Hub, store: Path, cli: CommandLine) -
     assert ran.code == 2
     assert "the network has 2 classes where 152 were expected" in ran.err.splitlines()[-1]
     assert not (store / "dlmuse.zip").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with DLMUSE's plans is absent")
-def test_networks_of_the_real_size(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DLMUSE's own plans and names of classes, random weights; DLICV of the same family. Chunks as they are."""
-    pytest.importorskip("nnunetv2", reason="networks are made from plans by nnunetv2: pip install 'edgemuse[bench]'")
-    from edgemuse.bench.models import random_model
-
-    for network, classes in ((DLICV, 2), (DLMUSE, 152)):
-        folder = random_model(SHARED / "plans.json", SHARED / "dataset.json", classes, tmp_path / network.name)
-        hub.add(network.repository, folder, network.folder)
-    for variable, value in (("HF_ENDPOINT", hub.url), ("HF_HOME", tmp_path / "hf"), ("EDGEMUSE_HOME", tmp_path)):
-        monkeypatch.setenv(variable, str(value))
-    ran = run_process(*FETCH, cache_dir=tmp_path / "cache", timeout=1200)
-    assert (ran.code, ran.out) == (0, f"{tmp_path / 'models' / 'dlmuse.zip'}\n"), ran.err
-    asked, size = ranges(hub, DLMUSE), len(content(hub, DLMUSE, CHECKPOINT))
-    assert len(asked) == math.ceil(size / hub_module.CHUNK) > 10
-    assert sum(last + 1 - first for first, last in asked) == size
-    ran = run_process("models", "list", cache_dir=tmp_path / "cache")
-    assert "nichart/DLMUSE@0123456" in ran.out
-    assert "NO:" not in ran.out
 
 
 @pytest.mark.parametrize("missing", ["huggingface_hub", "torch"])

@@ -129,7 +129,8 @@ def test_choice_of_participants(options: str, data: Path, model: Path, cli: Comm
         (["{data}/nowhere", "{out}", "participant"], "not the root of a BIDS dataset"),
         (["{data}", "{data}", "participant"], "a dataset that edgemuse did not make"),
         (["{data}", "{out}", "everything"], "'participant', 'group'"),
-        (["{data}", "{out}", "group"], "not the root of a BIDS dataset"),
+        (["{data}", "{out}", "group"], "participant' first"),
+        (["{data}", "{out}", "group", "--shard", "1/2"], "are for participant"),
         (["{data}", "{data}", "group"], "a dataset that edgemuse did not make"),
     ],
 )
@@ -168,6 +169,9 @@ def test_group_merges_the_tables(data: Path, model: Path, cli: CommandLine, tmp_
         assert int(row["voxels"]) == (labels == int(row["index"])).sum()
     assert cli("bids", data, out, "group", "--participant-label", "01").code == 0
     assert len((out / "group_seg-tiny_volumes.tsv").read_text().splitlines()) == 6
+    assert cli("bids", data, out, "group", "--session-label", "a").code == 0
+    with (out / "group_seg-tiny_volumes.tsv").open(newline="") as file:
+        assert {row["session_id"] for row in csv.DictReader(file, delimiter="\t")} == {"ses-a"}
 
 
 def test_group_merges_tables_of_dlmuse(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:

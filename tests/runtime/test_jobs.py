@@ -72,7 +72,7 @@ def test_a_scan_that_is_named_twice_is_done_once(tmp_path: Path) -> None:
 
 
 def test_list() -> None:
-    lines = ["\ufeff# scans\n", "a b.nii.gz\r\n", "\n", "  folder/c.nii  \n", "#d.nii\n"]
+    lines = ["# scans\n", "a b.nii.gz\r\n", "\n", "  folder/c.nii  \n", "#d.nii\n"]
     assert read_list(lines) == [Path("a b.nii.gz"), Path("folder/c.nii")]
 
 

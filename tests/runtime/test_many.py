@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from bundles import CommandLine, Ran, head_image, run_process, snapshot, tiny_bu
 
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime import many
+from edgemuse.runtime.bundle import open_model
 from edgemuse.runtime.claim import Claim
 from edgemuse.runtime.memory import gib
 from edgemuse.runtime.outputs import PROVENANCE, output_paths
@@ -135,7 +137,7 @@ CHANGES = {
     "model": "another model",
     "option": "other options",
     "input": "another scan of this name",
-    "result": "was changed",
+    "result": "changed since",
     "foreign": "exists; choose",
     "nonsense": "exists; choose",
 }
@@ -370,6 +372,37 @@ def test_without_locks_every_claim_is_granted(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_not_written_again_is_removed(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """A picture or a table of another run beside these labels would be wrong; and the next run knows all files."""
+    segment = ("segment", data, "-m", model, "-o", tmp_path / "out")
+    assert cli(*segment).code == 0
+    pictures = sorted((tmp_path / "out").glob("*_qc.png"))
+    assert len(pictures) == SCANS
+    assert cli(*segment, "--overwrite", "--no-qc").code == 0
+    assert not any(path.exists() for path in pictures)
+    ran = cli(*segment)
+    assert (ran.code, len(lines(ran, "skipped"))) == (0, SCANS)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names there are Unicode")
+def test_a_name_that_is_no_text_fails_alone_or_not_at_all(
+    data: Path, model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    os.rename(data / "sub-1_T1w.nii.gz", os.fsencode(data) + b"/sub-M\xfcller_T1w.nii.gz")
+    ran = cli("segment", data, "-m", model, "-o", tmp_path / "out", "--no-qc")
+    assert len([path for path in labels(tmp_path / "out") if path.endswith("_dseg.nii.gz")]) >= SCANS - 1
+    assert f"{SCANS} scans:" in ran.err
+
+
+def test_an_engine_of_a_stage_that_fails_is_closed(cascade: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would take memory beside that of the next scan's first stage."""
+    with CascadeSegmenter(open_model(cascade), Options("fast", EngineOptions())) as segmenter:
+        monkeypatch.setattr(segmenter.regions, "_classes", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            segmenter.segment(data / "sub-0_T1w.nii.gz")
+        assert not segmenter.regions.is_open
+
+
 def test_bad_scans_are_reported_and_the_others_done(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     cut, empty = data / "sub-1_T1w.nii.gz", data / "sub-3_T1w.nii.gz"
     cut.write_bytes(cut.read_bytes()[:-200])
@@ -398,7 +431,8 @@ def test_a_result_that_cannot_be_written_is_reported(
     monkeypatch.setattr(many, "write", failing)
     ran = cli("segment", data, "-m", model, "-o", tmp_path / "out")
     assert ran.code == 1
-    assert len(lines(ran, "internal error: of all things")) == 1
+    (line,) = lines(ran, "of all things")
+    assert line.startswith(f"edgemuse: internal error: {data / 'sub-2_T1w.nii.gz'}: ")
     assert len(ran.out.splitlines()) == 5 * (SCANS - 1)
     assert not list((tmp_path / "out").glob(".*"))
 
@@ -412,6 +446,19 @@ def test_shards_together_are_everything(data: Path, model: Path, cli: CommandLin
         written += ran.out.splitlines()
     assert len(written) == len(set(written)) == 5 * SCANS
     assert labels(tmp_path / "parts") == labels(tmp_path / "whole")
+
+
+def test_a_list_that_is_no_text(model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("sub-1_T1w.nii.gz\n".encode("utf-16"))
+    ran = cli("segment", "--list", tmp_path / "list.txt", "-m", model, "-o", tmp_path / "out")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "save it as UTF-8" in ran.err
+
+
+def test_an_empty_shard_is_not_everything(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    ran = cli("segment", data, "-m", model, "-o", tmp_path / "out", "--shard", "")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_list_of_scans(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
@@ -436,6 +483,7 @@ def test_provenance_lists_the_files_and_what_was_asked(
         "device": "auto",
         "precision": "auto",
         "postprocess": True,
+        "max_ram": None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from bundles import head_image, snapshot, write_scan
 
 from edgemuse.engines.errors import OutputError
+from edgemuse.runtime import outputs
 from edgemuse.runtime.outputs import (
     NAMES,
+    OLD,
     discard_parts,
     nifti_bytes,
     output_paths,
@@ -91,6 +94,19 @@ def test_leftovers_of_a_killed_process_go_and_those_of_others_stay(
     (left,) = tmp_path.iterdir()
     discard_parts([tmp_path / "ab"])
     assert not left.exists()
+
+
+def test_parts_of_another_machine_stay_until_they_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still be writing them, where locks do not reach it."""
+    monkeypatch.setattr(outputs, "_machine", lambda: "elsewhere")
+    part = outputs._beside(tmp_path / "a")
+    monkeypatch.undo()
+    part.write_bytes(b"1")
+    discard_parts([tmp_path / "a"])
+    assert part.exists()
+    os.utime(part, (time.time() - 2 * OLD,) * 2)
+    discard_parts([tmp_path / "a"])
+    assert not part.exists()
 
 
 def label_map(shape: tuple[int, ...], dtype: str, highest: int) -> np.ndarray:
