@@ -24,7 +24,7 @@ STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write"
 REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the
 network, merging tiles and the head.
 """
-CHANGES = """Each step in turn with the simple form that it replaced, same result, on real scans
+CHANGES = """Each step in turn with the simple form that it replaced, on real scans
 (`python -m edgemuse.bench.changes ../shared`).
 """
 ROOFLINE = """\
