@@ -502,8 +502,8 @@ class Screen:
         self._waiting = False
 
     def guard(self, work: Callable[[], None], job: Job) -> int:
-        """Run `work`; what it raises becomes a line, which names the scan, and the exit code."""
-        return _guard(work, self.debug, str(job.scan))
+        """Run `work`; what it raises becomes a line, which names the scan if there are several, and the exit code."""
+        return _guard(work, self.debug, str(job.scan) if self.total > 1 else "")
 
     @contextmanager
     def scan(self, job: Job) -> Iterator[Callable[[int, int], None]]:

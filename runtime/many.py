@@ -162,6 +162,7 @@ class Batch:
             job = self._open.popleft()
             claim = Claim(job.outputs[PROVENANCE])
             try:
+                plan = self.segmenter.plan(open_scan(job.scan))
                 if not self._claim(claim, job):
                     self._elsewhere.append(job)
                 elif is_done(job, None if self.overwrite else self.wanted):
@@ -171,8 +172,7 @@ class Batch:
                 else:
                     if claim.exclusive:
                         discard_parts(job.outputs.values())
-                    fits = self.segmenter.plan(open_scan(job.scan)).ahead <= room
-                    return Taken(job, claim, self.segmenter.prepare(job.scan) if fits else None)
+                    return Taken(job, claim, self.segmenter.prepare(job.scan) if plan.ahead <= room else None)
             except Exception as error:  # raised again where it is reported
                 return Taken(job, claim, error=error)
         return None

@@ -336,7 +336,7 @@ def test_results_are_replaced_only_when_told_to(tmp_path: Path, model: Path, cli
     old = tmp_path / "out" / "sub-01_volumes.tsv"
     old.write_text("of an earlier run")
     line = refused_before_work(cli, tmp_path, scan, "-m", model, "-o", tmp_path / "out")
-    assert f"{old} exists; choose another folder, or replace it with --overwrite" in line
+    assert f"{old} exists; choose another folder, or segment this scan again with --overwrite" in line
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--overwrite")
     assert (ran.code, ran.err) == (0, "")
     assert old.read_text().startswith("index\tname")
