@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -32,13 +31,14 @@ from edgemuse.bench import scans
 from edgemuse.bench.models import random_dlmuse, random_model, save_fold
 from edgemuse.bench.process import Run, measure
 from edgemuse.bench.uncalibrated import to_int8
+from edgemuse.calibration.calibrate import Work
 from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
 from edgemuse.export.cascade import manifest_of
 from edgemuse.export.checkpoint import read_checkpoint
 from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.export.writer import write_bundle, write_cascade
 from edgemuse.runtime.builtin import BUILT_IN
-from edgemuse.runtime.bundle import Bundle, file_entry, open_bundle
+from edgemuse.runtime.bundle import Bundle, open_bundle
 from edgemuse.runtime.cascade import masked_crop, padded_box
 from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.scan import open_scan, read_image
@@ -92,11 +92,9 @@ def hand_on(folder: Path) -> None:
 
 def quantised(bundle: Bundle, target: Path) -> Bundle:
     """`bundle` with an int8 graph that was not calibrated: as fast as one that was."""
-    graph, manifest = to_int8(bundle.graph("fp32")), bundle.manifest
-    files = {name: bundle.read(name) for name in manifest.files} | {"int8.onnx": graph}
-    entries = {name: file_entry(data) for name, data in files.items()}
-    graphs = {**manifest.graphs, "int8": "int8.onnx"}
-    return open_bundle(write_bundle(target, replace(manifest, graphs=graphs, files=entries), files))
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    work = Work(bundle, target.parent, files, lambda line: None)
+    return open_bundle(write_bundle(target, *work.draft({"int8": to_int8(bundle.graph("fp32"))})))
 
 
 def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:

@@ -27,6 +27,7 @@ import click
 import psutil
 
 from edgemuse.bench import scans
+from edgemuse.bench.process import resident
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.builtin import BUILT_IN
 
@@ -120,7 +121,7 @@ class Bench:
             workers = cluster.workers() if cluster else [psutil.Process(process.pid) for process in running]
             while any(process.poll() is None for process in running):
                 time.sleep(INTERVAL)
-                samples.append((time.perf_counter() - begin, max(map(_resident, workers))))
+                samples.append((time.perf_counter() - begin, max(map(resident, workers))))
                 if kill_after is not None and done(out) >= kill_after:
                     (workers[0] if cluster else running[0]).kill()
                     kill_after = None
@@ -160,7 +161,7 @@ class Cluster:
     def workers(self) -> list[psutil.Process]:
         """The process of each worker: of a nanny's children, the largest."""
         children = [psutil.Process(nanny.pid).children(recursive=True) for nanny in self.nannies]
-        return [max(found, key=_resident) for found in children]
+        return [max(found, key=resident) for found in children]
 
 
 @contextmanager
@@ -198,13 +199,6 @@ def _wait_for(ready: Callable[[], bool], what: str) -> None:
             return
         time.sleep(INTERVAL)
     raise click.ClickException(f"{what} did not start within a minute")
-
-
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def thirds(samples: list[tuple[float, int]], seconds: float) -> tuple[float, float, float]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from edgemuse.bench.cases import Case
 from edgemuse.bench.performance_report import BY_HAND, report
 from edgemuse.bench.process import ProcessFailure, measure
 from edgemuse.bench.roofline import operations, peaks
+from edgemuse.bench.rows import commit
 from edgemuse.calibration.evaluate import settings
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.agreement import dice, mean_dice
@@ -99,10 +99,8 @@ class Rows:
 
 def context() -> Row:
     """What rows of one report have in common."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
-        "commit": done.stdout.strip() or version("edgemuse"),
+        "commit": commit(),
         "cpu": cpu_name(),
         "cores": cpu_cores(),
         "versions": {

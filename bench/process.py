@@ -72,7 +72,7 @@ def _watched(pid: int) -> Iterator[list[int]]:
             root = psutil.Process(pid)
             while not ended.is_set():
                 tree = (root, *root.children(recursive=True))
-                peaks.append(max(peak_memory(pid), sum(map(_resident, tree))))
+                peaks.append(max(peak_memory(pid), sum(map(resident, tree))))
                 ended.wait(INTERVAL)
 
     watcher = Thread(target=look, daemon=True)
@@ -84,7 +84,8 @@ def _watched(pid: int) -> Iterator[list[int]]:
         watcher.join()
 
 
-def _resident(process: psutil.Process) -> int:
+def resident(process: psutil.Process) -> int:
+    """Bytes of `process` alone now; 0 if it has ended."""
     try:
         return int(process.memory_info().rss)
     except psutil.Error:

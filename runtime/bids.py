@@ -107,14 +107,14 @@ def start_dataset(dataset: Path, output: Path) -> None:
 
 
 def _check_ours(path: Path) -> None:
-    makers = _read(path).get("GeneratedBy")
+    makers = outputs.read_record(path).get("GeneratedBy")
     names = [maker.get("Name") for maker in makers if isinstance(maker, dict)] if isinstance(makers, list) else []
     if "edgemuse" not in names:
         raise OutputError(f"{path} is of a dataset that edgemuse did not make; choose another folder")
 
 
 def _description(dataset: Path) -> dict[str, Any]:
-    raw = _read(dataset / DESCRIPTION)
+    raw = outputs.read_record(dataset / DESCRIPTION)
     doi, name = raw.get("DatasetDOI"), raw.get("Name")
     root = dataset.resolve().as_uri()
     return {
@@ -125,15 +125,6 @@ def _description(dataset: Path) -> dict[str, Any]:
         "SourceDatasets": [{"DOI": doi} if isinstance(doi, str) and doi else {"URL": root}],
         "DatasetLinks": {"raw": root},
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def merge_tables(output: Path, participants: Sequence[str], sessions: Sequence[str] = ()) -> list[Path]:

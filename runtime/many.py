@@ -9,7 +9,6 @@ folder: each claims the scan that it works on, and at the end waits for those th
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -24,14 +23,12 @@ from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.claim import Claim
 from edgemuse.runtime.jobs import Job
 from edgemuse.runtime.memory import MemoryPlan, memory_limit
-from edgemuse.runtime.outputs import PROVENANCE, discard_parts, present
+from edgemuse.runtime.outputs import PROVENANCE, discard_parts, present, read_record
 from edgemuse.runtime.pipeline import Loaded, Options, Planned, Progress, Segmentation, asked, write
 from edgemuse.runtime.scan import Scan, file_sha256, open_scan
 
 POLL = 1.0
 """Seconds between two looks at the scans that other processes work on."""
-MAX_RECORD_BYTES = 1 << 20
-"""A provenance has some kilobytes."""
 
 
 class Pipeline(Protocol):
@@ -243,7 +240,7 @@ def is_done(job: Job, wanted: Wanted | None) -> bool:
     found = present(job.outputs)
     if not found or wanted is None:
         return False
-    record = _record(job.outputs[PROVENANCE]) if PROVENANCE in found else {}
+    record = read_record(job.outputs[PROVENANCE]) if PROVENANCE in found else {}
     files = record.get("files")
     if not isinstance(files, dict):
         raise _in_the_way(job.outputs[found[0]], "")
@@ -276,16 +273,6 @@ def _other(record: Mapping[str, Any], wanted: Wanted, scan: Path) -> str:
 def _sha256(record: Mapping[str, Any], of: str) -> object:
     part = record.get(of)
     return part.get("sha256") if isinstance(part, dict) else None
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """The provenance at `path`; empty if it is none."""
-    try:
-        with path.open("rb") as file:
-            record = json.loads(file.read(MAX_RECORD_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _in_the_way(path: Path, why: str) -> OutputError:

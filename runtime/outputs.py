@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import json
 import os
 import platform
 import secrets
@@ -26,6 +27,8 @@ PROVENANCE = "provenance.json"
 NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", DLMUSE_CSV, PROVENANCE, "qc.png")
 OLD = 3600.0
 """Seconds after which a file that is being written was left by a process that is gone."""
+MAX_RECORD_BYTES = 1 << 20
+"""A provenance has some kilobytes."""
 COMPRESSION = 4
 """gzip level: label maps shrink hardly more at higher ones."""
 
@@ -59,6 +62,16 @@ def present(paths: Mapping[str, Path]) -> list[str]:
             raise OutputError(f"{path} is a folder; choose another folder for the results")
         found.append(name)
     return found
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`, such as a provenance; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            record = json.loads(file.read(MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def nifti_bytes(indices: Labels, scan: Scan) -> bytes:
