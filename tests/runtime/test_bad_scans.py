@@ -14,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from bundles import CommandLine, head_image, run_process, snapshot, tiny_bundle, write_scan
+from bundles import CommandLine, head_image, run_process, snapshot, write_scan
 from nibabel.nifti1 import header_dtype
 
 from edgemuse.engines.errors import InputError
@@ -24,21 +24,6 @@ from edgemuse.runtime.scan import open_scan, read_image
 
 HEADER = 348
 RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", "provenance.json", "qc.png")}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.bundle")
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], cache_dir: Path) -> CommandLine:
-    return CommandLine(capfd, cache_dir)
 
 
 def edit_header(path: Path, edit: Callable[[Any], None]) -> Path:

@@ -21,11 +21,6 @@ from edgemuse.runtime.outputs import DLMUSE_CSV
 IMAGES = ("sub-01/anat/sub-01", "sub-02/ses-a/anat/sub-02_ses-a", "sub-02/ses-b/anat/sub-02_ses-b_run-2")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.bundle")
-
-
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
     return CommandLine(capfd, tmp_path / "cache")

@@ -42,16 +42,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.bundle", mirror_axes=(0, 2))
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], cache_dir: Path) -> CommandLine:
-    return CommandLine(capfd, cache_dir)
-
-
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
     return write_scan(tmp_path / "sub-01_T1w.nii.gz", affine=AFFINE)

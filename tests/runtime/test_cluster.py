@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundles import CommandLine, Ran, head_image, run_process, tiny_bundle, write_scan
+from bundles import CommandLine, Ran, head_image, run_process, write_scan
 
 from edgemuse.bench.many import dask_cluster
 
@@ -24,11 +24,6 @@ def killed(self, scan, *arguments, run=Segmenter.run):
 Segmenter.run = killed
 """
 distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'edgemuse[cluster]'")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.bundle")
 
 
 @pytest.fixture

@@ -29,23 +29,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny.bundle")
-
-
-@pytest.fixture(scope="module")
 def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cascade(tmp_path_factory.mktemp("cascade") / "tiny.bundle")
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], cache_dir: Path) -> CommandLine:
-    return CommandLine(capfd, cache_dir)
 
 
 @pytest.fixture
@@ -175,33 +160,26 @@ def test_results_of_something_else_are_refused_for_that_scan_alone(
     assert cli("segment", data, "-m", model, "-o", out, "--overwrite").code == 0
 
 
-KILLED_AT_SCAN = """
+KILLED = """
 import os, signal
 from edgemuse.runtime.pipeline import Segmenter
-run, left = Segmenter.run, [{at}]
+real, left = {owner}.{name}, [{at}]
 def killed(*arguments):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return run(*arguments)
-Segmenter.run = killed
-"""
-KILLED_AT_RENAME = """
-import os, signal
-replace, left = os.replace, [{at}]
-def killed(*arguments):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(*arguments)
-os.replace = killed
+    return real(*arguments)
+{owner}.{name} = killed
 """
 
 
 @posix
 @pytest.mark.parametrize(
     "prelude",
-    [KILLED_AT_SCAN.format(at=3), *(KILLED_AT_RENAME.format(at=at) for at in (2, 5, 6))],
+    [
+        KILLED.format(owner="Segmenter", name="run", at=3),
+        *(KILLED.format(owner="os", name="replace", at=at) for at in (2, 5, 6)),
+    ],
     ids=["network", *(f"rename {at}" for at in (2, 5, 6))],
 )
 def test_a_killed_run_goes_on_where_it_stopped(
