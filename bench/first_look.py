@@ -64,10 +64,10 @@ then the mask network inside the rough mask's box and a margin of {margin:.0f} m
 
 Scans: {scans}. Chris and crop are whole heads in a void of 0, which is cropped in any case; vxm is a brain without its
 skull; *noisy air* is crop with noise of {noise:.0%} in the void, for the built-in model alone, because the other takes
-noise for brain. *Agreement*: Dice with the mask of patches over the whole scan. *Truth*: Dice with the labelled brain of vxm,
-which lacks the CSF around it. *Computed*: voxels that the mask network computes, the 2x look included, as a share of
-those of patches over the whole scan. *Seconds*: of looking and of computing, median of {repeats}, without compiling.
-*Gate*: that of `edgemuse calibrate` for fp32, on each scan.
+noise for brain. *Agreement*: Dice with the mask of patches over the whole scan. *Truth*: Dice with the labelled brain
+of vxm, which lacks the CSF around it. *Computed*: voxels that the mask network computes, the 2x look included, as a
+share of those of patches over the whole scan. *Seconds*: of looking and of computing, median of {repeats}, without
+compiling. *Gate*: that of `edgemuse calibrate` for fp32, on each scan.
 
 fp32, OpenVINO, {cpu}, {cores} cores; commit {commit}.
 
