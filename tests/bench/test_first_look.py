@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 from bundles import head_image, tiny_bundle, write_scan
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
 pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
 
+from edgemuse.bench import first_look
 from edgemuse.bench.first_look import (
     PATCHES,
     TRUE_SCAN,
@@ -135,3 +138,24 @@ def test_the_page_names_what_passes_and_saves_with_every_network() -> None:
     assert "with both networks: good, saves nothing. " in text
     assert "**good**" in text
     assert "both: **none**" in " ".join(page(rows[2:], [], ["a"], 1).split())
+
+
+def test_the_command_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"classes": 2, "deferred": False, "threshold": True, "patch": (16, 16, 16)}
+    model = tiny_bundle(tmp_path / "tiny.bundle", **changes)
+    monkeypatch.setattr(first_look, "BUILT_IN", model)
+    monkeypatch.setattr(first_look, "export_model", lambda folder, path, options: model)
+    for name in ("chris", "crop", TRUE_SCAN):
+        scan = write_scan(tmp_path / "data" / "t1" / f"{name}_T1w.nii.gz", head_image((34, 30, 32)))
+    write_scan(scan.with_name(f"{TRUE_SCAN}_dseg.nii.gz"), (head_image((34, 30, 32)) > 550).astype(np.int16))
+    facts = {"patch_size": [16, 16, 16], "spacing": [1.0, 1.0, 1.0], "num_pool_per_axis": [2, 2, 2]}
+    (tmp_path / "data" / "dlmuse").mkdir()
+    (tmp_path / "data" / "dlmuse" / "plans.json").write_text(json.dumps({"configurations": {"3d_fullres": facts}}))
+    output = tmp_path / "page.md"
+    ran = CliRunner().invoke(first_look.main, [str(tmp_path), "-o", str(output), "--repeats", "1"])
+    assert ran.exit_code == 0, ran.output
+    rows = [line for line in output.read_text().splitlines() if line.startswith(("| built-in |", "| development |"))]
+    assert len(rows) == 16
+    assert rows[0].startswith(f"| built-in | {PATCHES} | 1.0000, 1.0000, 1.0000, 1.0000 |")
+    assert "| 100%, 100%, 100%, 100% |" in rows[0]
+    assert "| noisy air | 36 / " in output.read_text()
