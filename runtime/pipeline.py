@@ -277,12 +277,12 @@ class Segmenter:
     def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count))
+        threads = self.options.engine.threads or cpu_cores()
+        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count), threads=threads)
         network = self.network
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
-        threads = self.options.engine.threads or cpu_cores()
         return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, threads)
 
     def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
