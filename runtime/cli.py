@@ -415,13 +415,27 @@ def _guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
 
 
 def _one_line(error: BaseException, about: str = "") -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
+    return _named(" ".join(str(error).split()) or type(error).__name__, about)
+
+
+def _named(line: str, about: str) -> str:
     return line if about in line else f"{about}: {line}"
 
 
-def _show_log(verbose: bool) -> None:
+class _Line(logging.Formatter):
+    """Lines of the log, which name what they are `about` at that moment."""
+
+    def __init__(self, about: Callable[[], str]) -> None:
+        super().__init__()
+        self.about = about
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"edgemuse: {_named(super().format(record), self.about())}"
+
+
+def _show_log(verbose: bool, about: Callable[[], str] = str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("edgemuse: %(message)s"))
+    handler.setFormatter(_Line(about))
     logger = logging.getLogger("edgemuse")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -465,7 +479,7 @@ def _segment_all(
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.extras import needs_extra
     from edgemuse.runtime.jobs import shard as part
-    from edgemuse.runtime.many import Batch, wanted
+    from edgemuse.runtime.many import Batch, at_work, wanted
     from edgemuse.runtime.outputs import prepare_folder
     from edgemuse.runtime.stages import segmenter_of
     from edgemuse.runtime.store import find_model
@@ -474,6 +488,8 @@ def _segment_all(
         """Last of all, because it makes the folder of the results."""
         jobs = part(find(opened), *shard)
         prepare_folder(output)
+        if len(jobs) > 1:
+            _show_log(verbose, lambda: str(at_work.get() or ""))
         return jobs, Screen(len(jobs), debug)
 
     opened = open_model(find_model(model, model_dir))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,20 @@ def test_the_next_scan_is_prepared_meanwhile_if_memory_allows(
     assert cli("segment", data, "-m", bundle, "-o", tmp_path / "tight", "--max-ram", tight).code == 0
     assert heard == [main] * SCANS
     assert labels(tmp_path / "roomy") == labels(tmp_path / "tight")
+
+
+@pytest.mark.parametrize("name", ["model", "cascade"])
+def test_verbose_lines_name_their_scan(
+    name: str, data: Path, cli: CommandLine, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ran = cli("segment", data, "-m", request.getfixturevalue(name), "-o", tmp_path / "out", "-v")
+    assert ran.code == 0
+    stages = re.compile(r"edgemuse: (\S+?): (?:mask |regions )?(memory|load|preprocess|engine|infer|quality): ")
+    found = [match.groups() for line in ran.err.splitlines() if (match := stages.match(line))]
+    for scan in data.iterdir():
+        for stage in ("memory", "load", "preprocess", "infer", "quality"):
+            assert (str(scan), stage) in found
+    assert not lines(ran, "edgemuse: load: ")
 
 
 def test_a_second_run_has_nothing_to_do(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
