@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from edgemuse.engines.errors import EdgemuseError
+from edgemuse.engines.errors import EdgemuseError, one_line
 from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
@@ -393,7 +393,7 @@ def _show_usage_error(error: click.ClickException, help_wanted: bool) -> None:
         error.show()
         return
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgemuse"
-    click.echo(f"edgemuse: {' '.join(error.format_message().split())} See '{command} --help'.", err=True)
+    click.echo(f"edgemuse: {one_line(error.format_message())} See '{command} --help'.", err=True)
 
 
 def _guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
@@ -403,22 +403,19 @@ def _guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
     except (EdgemuseError, MemoryError, OSError) as error:
         if debug:
             raise
-        click.echo(f"edgemuse: {_one_line(error, about)}", err=True)
+        click.echo(f"edgemuse: {_named(error, about)}", err=True)
         return error.exit_code if isinstance(error, EdgemuseError) else FAILURE
     except (click.ClickException, click.exceptions.Abort, click.exceptions.Exit):
         raise
     except Exception as error:
         if debug:
             raise
-        click.echo(f"edgemuse: internal error: {_one_line(error, about)}; --debug shows where", err=True)
+        click.echo(f"edgemuse: internal error: {_named(error, about)}; --debug shows where", err=True)
         return FAILURE
 
 
-def _one_line(error: BaseException, about: str = "") -> str:
-    return _named(" ".join(str(error).split()) or type(error).__name__, about)
-
-
-def _named(line: str, about: str) -> str:
+def _named(text: object, about: str) -> str:
+    line, about = one_line(text), one_line(about)
     return line if about in line else f"{about}: {line}"
 
 

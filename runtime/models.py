@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgemuse.engines.errors import BundleError
+from edgemuse.engines.errors import BundleError, one_line
 
 model_dir_option = click.option(
     "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Folder of the models that go "
@@ -75,7 +75,7 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model_dir: Path | None
     for entry in [named(name, store) for name in names] or entries(store):
         problem = inspect(entry).problem
         if problem:
-            click.echo(f"edgemuse: {entry.name}: {' '.join(problem.split())}", err=True)
+            click.echo(f"edgemuse: {entry.name}: {one_line(problem)}", err=True)
         else:
             click.echo(f"{entry.name}: whole")
         damaged = damaged or problem is not None
