@@ -10,8 +10,8 @@ import click
 from edgemuse.engines.errors import BundleError, one_line
 
 model_dir_option = click.option(
-    "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Folder of the models that go "
-    "by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
+    "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store: where models "
+    "go by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
 )  # fmt: skip
 
 
