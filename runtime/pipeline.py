@@ -167,6 +167,11 @@ class Segmenter:
         """Whether the engine takes memory."""
         return self._engine is not None
 
+    @property
+    def threads(self) -> int:
+        """Cores to use beside the engine."""
+        return self.options.engine.threads or cpu_cores()
+
     def close(self) -> None:
         """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
@@ -196,7 +201,7 @@ class Segmenter:
         run = self.run(scan, loaded.take(), watch, progress, planned)
         with watch.stage("quality"):
             subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
-            flags = flagged(scan, subject)
+            flags = flagged(scan, subject, self.threads)
         provenance = self.provenance(scan, loaded.sha256, run, watch.seconds) | quality.record(flags)
         return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
 
@@ -282,8 +287,7 @@ class Segmenter:
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
-        threads = self.options.engine.threads or cpu_cores()
-        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, threads)
+        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, self.threads)
 
     def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
         features = engine.infer(tile[None, None])
@@ -361,9 +365,9 @@ def admit(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float |
     return scan, memory
 
 
-def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
+def flagged(scan: Scan, subject: Subject, threads: int) -> tuple[Flag, ...]:
     """Why the result for `scan` should be looked at; says so in the log as well."""
-    flags = quality.assess(subject)
+    flags = quality.assess(subject, threads)
     if flags:
         log.warning("%s: look at this result: %s", scan.path, quality.summary(flags))
     return flags
