@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -418,10 +419,19 @@ def write(
 
 def _results(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
     """All files but the provenance."""
+    with ThreadPoolExecutor(1) as pool:  # the label map is compressed while the picture is drawn
+        dseg = pool.submit(_label_map, segmentation)
+        return {**_tables_and_picture(segmentation, with_picture), "dseg.nii.gz": dseg.result()}
+
+
+def _label_map(segmentation: Segmentation) -> bytes:
+    return outputs.nifti_bytes(to_indices(segmentation.classes, segmentation.labels), segmentation.scan)
+
+
+def _tables_and_picture(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
     labels, scan = segmentation.labels, segmentation.scan
     voxels, mm3 = structure_voxels(count_voxels(segmentation.classes, labels), labels), voxel_mm3(scan.affine)
     contents = {
-        "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
         "dseg.tsv": dseg_tsv(labels).encode(),
         "volumes.tsv": volumes_tsv(voxels, labels, mm3).encode(),
     }
