@@ -64,14 +64,15 @@ def bench() -> None:
               f"up.  [default: {REPEATS}]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="Processor cores for every system.  [default: each "
               "system's own choice]")  # fmt: skip
-@click.option("--mapping", type=FILE, metavar="TSV", help="Where the truth has another protocol: a table with the "
-              "columns name, model, truth; the label numbers of one structure are separated by commas.")  # fmt: skip
+@click.option("--mapping", type=FILE, metavar="TSV", help="Where the truth has other structures than the "
+              "model: a table with the columns name, model, truth; the label numbers of one structure are separated by "
+              "commas.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="One scan, with its truth if any has one, three systems, "
               f"{QUICK_REPEATS} runs of each: two minutes with a small model on two cores.")  # fmt: skip
-@click.option("--scaling", is_flag=True, help="Measure also how time and memory grow with resolution, classes, "
+@click.option("--scaling", is_flag=True, help="Measure as well how time and memory grow with resolution, classes, "
               "threads and the number of scans.")  # fmt: skip
-@click.option("--mlperf", is_flag=True, help="Measure the fastest of edgemuse's systems that is not flagged also as "
-              "MLPerf does, in its SingleStream and Offline scenarios. Needs mlcommons-loadgen.")  # fmt: skip
+@click.option("--mlperf", is_flag=True, help="Run MLPerf's load generator as well, SingleStream and Offline, with the "
+              "fastest of edgemuse's systems whose accuracy is not flagged. Needs mlcommons-loadgen.")  # fmt: skip
 def run(
     bundle: Path | None,
     output: Path,

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from statsmodels.stats.contingency_tables import mcnemar
 
-from edgemuse.engines.errors import InputError
+from edgemuse.engines.errors import InputError, one_line
 
 FOLDS = 10
 SMALLEST = 20
@@ -128,7 +128,7 @@ def _parse(path: Path, index: str) -> Table:
         separator = "\t" if "\t" in text.partition("\n")[0] else ","
         table = pd.read_csv(io.StringIO(text), sep=separator, dtype={index: str})
     except (OSError, ValueError) as error:  # pandas' own are ValueErrors
-        raise InputError(f"{path}: not a table ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: not a table ({one_line(error)})") from error
     if index not in table.columns:
         raise InputError(f"{path}: no column {index} in its first line")
     return table.set_index(index)

@@ -31,7 +31,7 @@ from edgemuse.bench.cases import Case
 from edgemuse.bench.performance_report import BY_HAND, report
 from edgemuse.bench.process import ProcessFailure, measure
 from edgemuse.bench.roofline import operations, peaks
-from edgemuse.bench.rows import commit
+from edgemuse.bench.rows import Row, append, commit, rewrite, whole_lines
 from edgemuse.calibration.evaluate import settings
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.agreement import dice, mean_dice
@@ -53,7 +53,6 @@ labels = Reference(Path(sys.argv[1]), mirroring=sys.argv[4] == "on").labels(Path
 np.save(sys.argv[3], labels.astype(np.uint16))
 """
 Progress: TypeAlias = Callable[[str], None]
-Row: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,26 +70,27 @@ class System:
         return hashlib.sha256(self.name.encode()).hexdigest()[:12]
 
 
-class Rows:
-    """The rows measured so far in this context, on disk in `path`."""
+class RowCache:
+    """Rows measured earlier, on disk in `path`, so that they need not be measured again.
+
+    Those of another context are passed over, where `rows.Results`, of which a report is made, refuses them.
+    """
 
     def __init__(self, path: Path, context: Row, progress: Progress) -> None:
         self.path, self.context = path, context
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        stored = [json.loads(line) for line in lines if line.endswith("\n")]  # an interrupted run may leave half a line
+        stored = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
         self.rows = [row for row in stored if row["context"] == context]
         if stored:
             progress(
                 f"{path}: going on after {len(self.rows)} rows; {len(stored) - len(self.rows)} are of another state"
             )
-        if lines and not lines[-1].endswith("\n"):
-            path.write_text("".join(lines[:-1]), encoding="utf-8")
+        if path.exists():
+            rewrite(path)
 
     def add(self, row: Row) -> None:
         """Append `row`."""
         self.rows.append(row | {"context": self.context})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        append(self.path, json.dumps(self.rows[-1]))
 
     def of(self, **fields: Any) -> list[Row]:
         """Rows with these values."""
@@ -142,7 +142,7 @@ class Bench:
     bundle: Bundle
     systems: Sequence[System]
     work: Path
-    rows: Rows
+    rows: RowCache
     progress: Progress
     failed: dict[System, str] = field(default_factory=dict)
 
@@ -281,7 +281,7 @@ def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: 
     """Measure all systems; about 25 minutes on two idle cores, half of it nnU-Net. Interrupted, it goes on."""
     progress = partial(click.echo, err=True)
     folder = work or Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "performance"
-    rows = Rows(output.with_suffix(".jsonl"), context(), progress)
+    rows = RowCache(output.with_suffix(".jsonl"), context(), progress)
     makers = {"dev": cases.development}
     if not fast:
         makers |= {"builtin": partial(cases.built_in, folder=built_in_folder), "dlmuse": cases.dlmuse}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
 
-Row: TypeAlias = dict[str, Any]
+from edgemuse.bench.rows import Row
 
 BY_HAND = "<!-- What follows is written by hand and kept. -->\n"
 INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.performance ../shared -o docs/performance.md -->

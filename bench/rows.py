@@ -66,17 +66,32 @@ def cpu_flags() -> list[str]:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a report, in the order in which they were made; raises InputError if there are none.
-
-    A last line that an interrupted run left half written is left out.
-    """
+    """The rows of a report, in the order in which they were made; raises InputError if there are none."""
     path = folder / NAME
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = whole_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: no results to read; name a folder that 'edgemuse bench' wrote") from error
-    whole = [line for line in lines if line.endswith("\n")]
-    return [_parse(path, number, line) for number, line in enumerate(whole, 1)]
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file of rows, but for a last one that an interrupted run left half written."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+def rewrite(path: Path) -> None:
+    """Drop a half line from the file of rows at `path`, so that others can follow."""
+    write_file(path, "".join(whole_lines(path)).encode())
+
+
+def append(path: Path, line: str) -> None:
+    """Add `line` to the file of rows at `path`; it is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _parse(path: Path, number: int, line: str) -> Row:
@@ -107,8 +122,8 @@ class Results:
                     f"{folder} holds measurements that differ in {', '.join(changed)}; choose another folder and "
                     "put the two side by side with 'edgemuse bench compare'"
                 )
-        if self.rows:  # drops what an interrupted run left half written
-            write_file(folder / NAME, "".join(map(_line, self.rows)).encode())
+        if (folder / NAME).exists():
+            rewrite(folder / NAME)
 
     def find(self, **fields: Any) -> Row | None:
         """A row with these fields, if there is one."""
@@ -117,13 +132,6 @@ class Results:
     def add(self, **fields: Any) -> Row:
         """Append a row."""
         row = fields | self.shared
-        with (self.folder / NAME).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.folder / NAME, json.dumps(row, allow_nan=False))
         self.rows.append(row)
         return row
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"

@@ -33,8 +33,8 @@ def calibrate(bundle: Path, data: Path, output: Path | None, model_dir: Path | N
     lose more than 0.02, and the Dice with fp32's labels must be at least 0.98. If int8 fails, the layers that cost most
     are left in fp32.
 
-    The table is stored in the bundle. 'edgemuse info' shows it, and 'segment' chooses by it. Plan for a few minutes a
-    scan and measurement.
+    The table is stored in the bundle. 'edgemuse info' shows it, and 'segment' chooses by it. Plan for a few
+    minutes for each scan in each combination of backend, precision and profile.
 
     BUNDLE may be a name that 'models list' shows, and a cascade such as DLMUSE. Of a cascade each network is calibrated
     and measured by itself, the second on what the first finds in the scans; the truth counts for the second alone,

@@ -10,7 +10,7 @@ from statistics import median
 
 from edgemuse.calibration.gate import Case, Measurement, failures, measure
 from edgemuse.calibration.scans import Source, read_truth, structures
-from edgemuse.engines.errors import BackendError, MemoryLimitError
+from edgemuse.engines.errors import BackendError, MemoryLimitError, one_line
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.engines.registry import choose, statuses
@@ -99,7 +99,7 @@ def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Pro
         else:
             maps, seconds = _segment(bundle, setting, expected.sources, progress)
     except (BackendError, MemoryLimitError) as error:  # NaN among others
-        reasons = ("".join(letter for letter in " ".join(str(error).split()) if letter.isprintable()),)
+        reasons = (one_line(error),)
     else:
         cases = [Case(*maps) for maps in zip(expected.references, maps, expected.truths, strict=True)]
         found = measure(cases)

@@ -159,6 +159,6 @@ def _features(graph: bytes, patches: Sequence[Batch], options: EngineOptions) ->
     n, c, d, h, w = patches[0].shape
     engine = open_engine(graph, (n, c, d, h, w), options)
     try:
-        return [engine.infer(patch).copy() for patch in patches]
+        return [engine.infer(patch).astype(np.float32) for patch in patches]
     finally:
         engine.close()

@@ -57,3 +57,9 @@ class OutputError(EdgemuseError):
 
 class VerificationError(EdgemuseError):
     """An exported graph does not reproduce the PyTorch network."""
+
+
+def one_line(text: object) -> str:
+    """What others wrote, as one line without what a terminal would act on; of an error without words its class."""
+    line = "".join(character for character in " ".join(str(text).split()) if character.isprintable())
+    return line or (type(text).__name__ if isinstance(text, BaseException) else "")

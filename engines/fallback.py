@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from edgemuse.engines.errors import BackendError, EdgemuseError
-from edgemuse.engines.protocol import Batch, Engine, EngineOptions
+from edgemuse.engines.protocol import Batch, Engine, EngineOptions, Output
 
 log = logging.getLogger("edgemuse")
 
@@ -40,7 +40,7 @@ class FallbackEngine:
         self.backend, self.version = engine.backend, engine.version
         self.device, self.precision = engine.device, engine.precision
 
-    def infer(self, batch: Batch) -> Batch:
+    def infer(self, batch: Batch) -> Output:
         """Run the network once; a tile on which the GPU fails is run again on the CPU."""
         try:
             return self._engine.infer(batch)

@@ -10,8 +10,14 @@ import openvino as ov
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_name
-from edgemuse.engines.openvino_rewrites import fold_constants, merge_upsampling, normalise_precisely, put_channels_last
-from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
+from edgemuse.engines.openvino_rewrites import (
+    fold_constants,
+    halve_features,
+    merge_upsampling,
+    normalise_precisely,
+    put_channels_last,
+)
+from edgemuse.engines.protocol import Batch, EngineOptions, Output, TileShape
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 """OpenVINO picks bf16 or fp16 by itself unless it is told otherwise. An int8 graph says where it is int8; the rest is
@@ -40,6 +46,8 @@ class OpenVINOEngine:
         self._shape = shape
         self._core = ov.Core()
         self._config = {"INFERENCE_PRECISION_HINT": HINTS[options.precision], "PERFORMANCE_HINT": "LATENCY"}
+        if options.precision == "int8":  # snippets keep the plugin from adding up convolutions in place
+            self._config["SNIPPETS_MODE"] = "DISABLE"
         if options.threads:
             self._config["INFERENCE_NUM_THREADS"] = str(options.threads)
         self._request: Any = None
@@ -58,6 +66,8 @@ class OpenVINOEngine:
                 merge_upsampling(model)
                 normalise_precisely(model)
             put_channels_last(model)
+            if self.precision == "int8":
+                halve_features(model)
             compiled = self._core.compile_model(model, self.device, self._config)
             self._start(compiled)
             exported = compiled.export_model() if keep else b""
@@ -81,13 +91,13 @@ class OpenVINOEngine:
             )
         self._request = compiled.create_infer_request()
 
-    def infer(self, batch: Batch) -> Batch:
+    def infer(self, batch: Batch) -> Output:
         """Run the network once; the result lies in the request's own buffer."""
         try:
-            self._request.infer({0: ov.Tensor(batch, shared_memory=True)})
+            self._request.infer({0: ov.Tensor(batch, shared_memory=True)}, share_outputs=True)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed while running the network: {_first_line(error)}") from error
-        features: Batch = np.moveaxis(self._request.get_output_tensor(0).data, -1, 1)
+        features: Output = np.moveaxis(self._request.get_output_tensor(0).data, -1, 1)
         return features
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Batch: TypeAlias = NDArray[np.float32]
 """(N, C, D, H, W), C-contiguous."""
+Output: TypeAlias = NDArray[np.floating]
+"""(N, F, D, H, W), float32 or float16."""
 TileShape: TypeAlias = tuple[int, int, int, int, int]
 """(N, C, D, H, W)"""
 
@@ -20,7 +22,8 @@ class Engine(Protocol):
 
     Contract:
         - `infer` takes (N, C, D, H, W) float32 of exactly the shape the engine was opened for and returns
-          (N, F, D, H, W) float32, writable, in whatever memory order costs least; features last suits the runtime.
+          (N, F, D, H, W), writable, in whatever memory order costs least; features last suits the runtime. They are
+          float32, or float16 where the engine computes in int8.
         - The array returned belongs to the engine: the caller may change it, and it is valid until the next call.
         - The precision is the one asked for. An engine that cannot give it does not open.
         - `infer` raises BackendError where the backend fails; `close` may be called more than once.
@@ -31,7 +34,7 @@ class Engine(Protocol):
     device: str
     precision: str
 
-    def infer(self, batch: Batch) -> Batch:
+    def infer(self, batch: Batch) -> Output:
         """Run the network once."""
         ...
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError
+from edgemuse.engines.errors import BackendError, one_line
 from edgemuse.engines.protocol import Engine, EngineOptions, TileShape
 
 log = logging.getLogger("edgemuse")
@@ -64,7 +64,7 @@ def statuses(name: str = "auto") -> Iterator[Status]:
             yield Status(backend, "", {}, str(error))
             continue
         except Exception as error:  # a driver's fault may be raised as anything, and must not hide the other backends
-            yield Status(backend, "", {}, " ".join(f"it does not start ({error})".split()))
+            yield Status(backend, "", {}, one_line(f"it does not start ({error})"))
             continue
         reason = "" if devices else "it finds no device that edgemuse can use"
         yield Status(backend, str(getattr(module, backend.engine).version), devices, reason)

@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     import tensorrt as trt
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError
+from edgemuse.engines.errors import BackendError, one_line
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 from edgemuse.engines.tensorrt_cuda import Stream, find_gpu, pinned
 
@@ -170,7 +170,7 @@ class TensorRTEngine:
         if not parser.parse(graph):
             error = parser.get_error(0)
             node = f" (node {error.node_name()}, {error.node_operator()})" if error.node_name() else ""
-            raise BackendError(f"TensorRT cannot read the network: {_line(error.desc())}{node}")
+            raise BackendError(f"TensorRT cannot read the network: {one_line(error.desc())}{node}")
         if (network.num_inputs, network.num_outputs) != (1, 1):
             raise BackendError("TensorRT cannot read the network: it must have one input and one output")
         network.get_input(0).shape = self._shape
@@ -306,8 +306,8 @@ class _Messages(trt.ILogger):  # type: ignore[misc]  # trt is Any to mypy
         everything = " ".join(self._errors).lower()
         for part, meaning in COMPLAINTS.items():
             if part in everything:
-                return f"{meaning} ({_line(self._errors[0])})"
-        return _line(self._errors[0]) if self._errors else "it does not say why"
+                return f"{meaning} ({one_line(self._errors[0])})"
+        return one_line(self._errors[0]) if self._errors else "it does not say why"
 
 
 class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -356,14 +356,10 @@ def _layers(network: Any) -> Iterator[Any]:
     return (network.get_layer(i) for i in range(network.num_layers))
 
 
-def _line(message: str) -> str:
-    return " ".join(message.split())
-
-
 @contextlib.contextmanager
 def _refusals(doing: str) -> Iterator[None]:
     """What the bindings raise becomes a BackendError; a TypeError is how they report that nothing was made."""
     try:
         yield
     except (RuntimeError, TypeError, MemoryError) as error:
-        raise BackendError(f"TensorRT cannot {doing} the engine: {_line(str(error))}") from error
+        raise BackendError(f"TensorRT cannot {doing} the engine: {one_line(error)}") from error

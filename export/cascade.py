@@ -24,13 +24,13 @@ ADULT_ICV_MM3 = (900_000.0, 2_200_000.0)
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="BUNDLE",
     help="Where to write: a new directory, or a new file if it ends with .zip. Nothing that exists is overwritten.",
 )  # fmt: skip
-@click.option("--name", help="Name of the whole.  [default: that of REGIONS]")
-@click.option("--orientation", default="LPS", show_default=True, metavar="CODES", help="Axes of the grid on which "
-              "mask and crop are made; for bundles that name one, theirs.")  # fmt: skip
-@click.option("--fill", metavar="INDEX", type=click.IntRange(1, 2**32 - 1), help="Label for voxels inside the mask "
-              "that REGIONS leaves without one.  [default: 1 for DLMUSE, else none]")  # fmt: skip
-@click.option("--keep-largest", is_flag=True, help="Forget parts of the mask apart from its largest component; "
-              "NiChart_DLMUSE does so for refaced scans only.")  # fmt: skip
+@click.option("--name", help="Name of the cascade, for its results.  [default: that of REGIONS]")
+@click.option("--orientation", default="LPS", show_default=True, metavar="CODES", help="Orientation that scans are "
+              "turned to before the mask is found, where neither bundle names one.")  # fmt: skip
+@click.option("--fill", metavar="INDEX", type=click.IntRange(1, 2**32 - 1), help="Label number of voxels inside the "
+              "mask that REGIONS calls background.  [default: 1 for DLMUSE, else they stay background]")  # fmt: skip
+@click.option("--keep-largest", is_flag=True, help="Keep of the mask only its largest component; NiChart_DLMUSE "
+              "does so for refaced scans only.")  # fmt: skip
 def cascade(
     mask: Path, regions: Path, output: Path, name: str | None, orientation: str, fill: int | None, keep_largest: bool
 ) -> None:

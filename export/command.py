@@ -21,7 +21,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--fold", "folds", multiple=True, metavar="N",
     help="Fold to export, a number or 'all'; give it again for more. Several folds become one ensemble, each adding "
-    "its full run time. Default: every fold that has the checkpoint.",
+    "its full run time.  [default: every fold that has the checkpoint]",
 )  # fmt: skip
 @click.option(
     "--checkpoint", default="checkpoint_final.pth", show_default=True, metavar="NAME",
@@ -29,22 +29,22 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option(
     "--configuration", metavar="NAME",
-    help="Configuration of plans.json. Default: the one that the checkpoint was trained with.",
+    help="Configuration of plans.json.  [default: the one that the checkpoint was trained with]",
 )  # fmt: skip
 @click.option(
     "--orientation", metavar="CODES",
-    help="Orientation that scans had in training, towards which each axis runs: LPS for DLMUSE. Scans are turned to it "
-    "before the network sees them. Without it, voxels are taken as they are stored, as nnU-Net does: then a scan that "
-    "is stored differently than the training data gives wrong labels.",
+    help="Orientation of the training data, three letters for where its axes run to: LPS (left, posterior, superior) "
+    "for DLMUSE. Scans are turned to it before the network sees them. Without it, voxels are taken as they are stored, "
+    "as nnU-Net does: then a scan that is stored differently than the training data gives wrong labels.",
 )  # fmt: skip
 @click.option(
     "--labels", type=FILE, metavar="TABLE",
     help="Table with the columns class, index, name and optionally color (#rrggbb) and single (yes, no), separated by "
     "tabs or commas: what the network's classes are called, which number each gets in the result, and which are in one "
-    "piece, so that islands of them are removed. Default: dataset.json.",
+    "piece, so that islands of them are removed.  [default: names and numbers of dataset.json]",
 )  # fmt: skip
-@click.option("--name", help="Name of the model. Default: the data set's.")
-@click.option("--license", help="Licence of the weights, to be recorded in the bundle, such as CC-BY-4.0.")
+@click.option("--name", help="Name of the model.  [default: the data set's]")
+@click.option("--license", help="Licence of the weights, recorded in the bundle, such as CC-BY-4.0.  [default: none]")
 @click.option(
     "--scan", "scans", multiple=True, type=FILE, metavar="T1",
     help="NIfTI scan to verify on, besides a synthetic patch; give it again for more.",

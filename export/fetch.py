@@ -80,20 +80,35 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
 
 
 def _make(remotes: Sequence[Remote], place: Path) -> None:
+    """Get the bundle at `place` made, by one process at a time."""
+    from edgemuse.runtime.claim import Claim
+    from edgemuse.runtime.store import free_place
+
+    claim = Claim(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not claim.acquire():
+            raise OutputError(f"{place}: another 'edgemuse models fetch' is getting it; wait until that is done")
+        free_place(place.stem, place.parent)  # again: another process may have just made it
+        _download_and_join(remotes, place)
+    except OSError as error:
+        raise OutputError(f"{place}: cannot be written ({error.strerror or error})") from error
+    finally:
+        claim.release()
+
+
+def _download_and_join(remotes: Sequence[Remote], place: Path) -> None:
     """Download both model folders, export them and join them at `place`. The folders go away if all that succeeds."""
     from edgemuse.export import hub
     from edgemuse.runtime.muse import muse_labels
 
     downloads = place.with_name(f".{place.stem}.download")
-    try:
-        downloads.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=downloads) as work:
-            folders = [hub.download(remote, downloads / _short(remote)) for remote in remotes]
-            mask = _export(DLICV, remotes[0], folders[0], Path(work), None)
-            regions = _export(DLMUSE, remotes[1], folders[1], Path(work), muse_labels())
-            _join(mask, regions, place)
-    except OSError as error:
-        raise OutputError(f"{place}: cannot be written ({error.strerror or error})") from error
+    downloads.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=downloads) as work:
+        folders = [hub.download(remote, downloads / _short(remote)) for remote in remotes]
+        mask = _export(DLICV, remotes[0], folders[0], Path(work), None)
+        regions = _export(DLMUSE, remotes[1], folders[1], Path(work), muse_labels())
+        _join(mask, regions, place)
     shutil.rmtree(downloads, ignore_errors=True)
 
 

@@ -19,7 +19,7 @@ import click
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from edgemuse.engines.errors import ModelFolderError, OutputError
+from edgemuse.engines.errors import ModelFolderError, OutputError, one_line
 from edgemuse.runtime.bundle import MAX_FILE_BYTES
 
 FILES = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
@@ -27,6 +27,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 SHA1 = re.compile(r"[0-9a-f]{40}")
 CHUNK = 4 << 20
 """Bytes asked for at a time, and the most that an interruption loses."""
+MOST = 200
+"""Characters shown of what the hub says."""
 TIMEOUT = 30
 """Seconds to wait for the hub's first answer."""
 UNREACHABLE: tuple[Any, ...] = HfHubHTTPError.__bases__
@@ -163,7 +165,7 @@ def _license(card: Any) -> str | None:
     if stated == "other":
         stated = " ".join(str(part) for part in (card.get("license_name"), card.get("license_link")) if part) or "other"
     stated = ", ".join(map(str, stated)) if isinstance(stated, list) else stated
-    return _line(stated) if stated else None
+    return one_line(stated)[:MOST] if stated else None
 
 
 @contextmanager
@@ -188,17 +190,12 @@ def _reported(repository: str) -> Iterator[None]:
         ) from error
     except UNREACHABLE as error:
         raise ModelFolderError(
-            f"{repository}: the hub cannot be reached ({_line(error)}); run this again with a network: what is here "
-            "already is not fetched twice. Or fetch on another machine and bring the file: 'edgemuse models add'"
+            f"{repository}: the hub cannot be reached ({one_line(error)[:MOST]}); run this again with a network: "
+            "what is here already is not fetched twice. Or fetch on another machine and bring the file: "
+            "'edgemuse models add'"
         ) from error
     except UNLIKE_THE_HUB as error:
         raise ModelFolderError(
-            f"{repository}: what answers is not like the hub ({_line(error)}); is HF_ENDPOINT right, or is a login "
-            "page in between?"
+            f"{repository}: what answers is not like the hub ({one_line(error)[:MOST]}); is HF_ENDPOINT right, or "
+            "is a login page in between?"
         ) from error
-
-
-def _line(text: object) -> str:
-    """A line of what others wrote, without what a terminal would act on."""
-    words = str(text).split() or [type(text).__name__]
-    return "".join(character for character in " ".join(words)[:200] if character.isprintable())

@@ -33,7 +33,7 @@ def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "openvino", "onnxruntime"]), default="auto",
               show_default=True, help="auto: what 'segment' would use here.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
-              help="Give it again for more.  [default: every one that the bundle stores]")  # fmt: skip
+              help="Of the engine; give it again for more.  [default: all that the bundle stores]")  # fmt: skip
 @click.option("--compute-capability", "capabilities", multiple=True, callback=_capabilities, metavar="8.6",
               help="Build with TensorRT-RTX for GPUs of this compute capability; none needs to be here. Give it again "
               "for more.")  # fmt: skip
@@ -49,6 +49,8 @@ def build(
     output: Path | None,
 ) -> None:
     """Compile a bundle's engines, so that the first scan does not wait for it. Without BUNDLE: the built-in model.
+
+    They are for the profiles reference and balanced; the tiles of fast depend on the scan.
 
     BUNDLE may be a name that 'models list' shows, and a cascade such as DLMUSE, of which both networks are built.
 

@@ -1,8 +1,8 @@
-"""Claims: which process works on a scan, where several share a folder of results.
+"""Claims: which process works on a scan, or gets a model, where several share a folder of results or a store.
 
 A claim is a lock that the system takes back when its process ends, however it ends, so none is ever left over. It only
-saves work: results appear by rename, so two processes on one scan do no harm. Where a file system has no locks (some
-network mounts), every claim is granted, and processes are kept apart by `--shard`.
+saves work: what is made appears by rename and is checked before, so two processes on one thing do no harm. Where a file
+system has no locks (some network mounts), every claim is granted, and processes are kept apart by `--shard`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
 
 
 class Claim:
-    """A claim on the results at `place`, one of their paths."""
+    """A claim on what will be at `place`; of the results of a scan one of their paths."""
 
     def __init__(self, place: Path) -> None:
         mark = hashlib.sha256(os.fsencode(place.name)).hexdigest()[:16]  # the name itself could be too long

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from edgemuse.engines.errors import EdgemuseError
+from edgemuse.engines.errors import EdgemuseError, one_line
 from edgemuse.runtime.models import model_dir_option
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ ENGINE_OPTIONS = (
         "--model",
         type=click.Path(path_type=Path),
         metavar="BUNDLE",
-        help="A folder or a .zip that 'export' made, or a name that 'models list' shows.  [default: the built-in "
-        "model]",
+        help="The model: a folder or .zip that 'export' or 'cascade' made, or a name that 'models list' shows.  "
+        "[default: the built-in model]",
     ),
     model_dir_option,
     click.option(
@@ -98,8 +98,9 @@ ENGINE_OPTIONS = (
         type=click.Choice(["reference", "balanced", "fast"]),
         default="reference",
         show_default=True,
-        help="reference: label for label what nnU-Net gives. balanced: without mirroring, up to 8 times faster. fast: "
-        "tiles as large as memory allows, at best the whole brain at once.",
+        help="reference: label for label what nnU-Net gives. balanced: the same without mirroring, up to 8 times "
+        "faster where the network was trained with it. fast: also with tiles as large as memory allows, at best the "
+        "whole brain at once.",
     ),
     click.option(
         "--backend",
@@ -115,7 +116,13 @@ ENGINE_OPTIONS = (
         show_default=True,
         help="auto: the fastest that passed the bundle's accuracy gate, see 'info'; fp32 with the profile reference.",
     ),
-    click.option("--device", default="auto", show_default=True, help="Device of the backend; see 'devices'."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="Device of the backend, such as CPU or GPU; 'devices' lists them. auto: the backend's first.",
+    ),
     click.option(
         "--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]"
     ),
@@ -123,36 +130,37 @@ ENGINE_OPTIONS = (
         "--max-ram",
         type=click.FloatRange(min=0, min_open=True),
         metavar="GIB",
-        help="Refuse a scan that needs more memory. Of several processes give each its share.  [default: 90 % of what "
-        "is free]",
+        help="Memory to stay within. A scan that needs more is refused; with the profile fast the tiles are made to "
+        "fit. Where several processes run at once, give each its share.  [default: 90 % of what is free]",
     ),
     click.option(
         "--no-postprocess",
         is_flag=True,
-        help="Keep islands: parts of a structure apart from its main part. "
-        "Bundles say which structures are in one piece; by default none.",
+        help="Keep islands: parts of a structure apart from its largest part. They are removed of the structures that "
+        "the bundle says are in one piece; a bundle exported without --labels names none.",
     ),
     click.option(
-        "--no-qc", is_flag=True, help="Write no picture. A scan that is done is not done again for its picture alone."
+        "--no-qc", is_flag=True, help="Write no picture. Scans that are done are not segmented again to get one later."
     ),
     click.option(
         "--overwrite",
         is_flag=True,
-        help="Do scans again that are done, and replace whatever is in the way of the results.",
+        help="Segment again what is done already, and replace files that have the names of results.",
     ),
     click.option(
         "--shard",
         callback=_shard,
         metavar="I/N",
-        help="Do the I-th of N parts of the scans alone, for job arrays: every scan is in one part.",
+        help="Segment only the I-th of N parts of the scans, as a job of an array: 2/8 is the second of eight. Every "
+        "scan is in one part.  [default: all]",
     ),
     click.option(
         "--scheduler",
         metavar="ADDRESS",
-        help="Let the workers of a Dask cluster do it: the address of its scheduler, such as tcp://host:8786. They "
-        "need the same paths as this machine. See docs/cluster.md.",
+        help="Have the workers of a Dask cluster segment the scans: the address of its scheduler, such as "
+        'tcp://host:8786. They need the same paths as this machine. Needs pip install "edgemuse[cluster]".',
     ),
-    click.option("-v", "--verbose", is_flag=True, help="One line a stage, and the planned memory."),
+    click.option("-v", "--verbose", is_flag=True, help="Say the seconds of every stage and the planned memory."),
 )
 """Of every command that segments."""
 
@@ -187,7 +195,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path), metavar="T1.nii.gz|FOLDER...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option("--list", "listed", type=click.File(encoding="utf-8-sig"), metavar="FILE",
-              help="More scans and folders: a text file with a path a line; - reads them from stdin.")  # fmt: skip
+              help="More scans and folders: a text file with one path per line; - reads it from stdin.")  # fmt: skip
 @engine_options
 @click.pass_context
 def segment(
@@ -203,18 +211,18 @@ def segment(
     For sub-01_T1w.nii.gz the folder OUTPUT receives
 
     \b
-      sub-01_dseg.nii.gz      labels on the scan's own grid
-      sub-01_dseg.tsv         what the labels mean
-      sub-01_volumes.tsv      voxels and mm3 of every structure
+      sub-01_dseg.nii.gz         labels on the scan's own grid
+      sub-01_dseg.tsv            what the labels mean
+      sub-01_volumes.tsv         voxels and mm3 of every structure
       sub-01_DLMUSE_Volumes.csv  with DLMUSE: the table that NiChart_DLMUSE writes
-      sub-01_provenance.json  inputs, model, versions, seconds, memory
-      sub-01_qc.png           slices with the labels over them: look at it
+      sub-01_provenance.json     inputs, model, versions, seconds, memory
+      sub-01_qc.png              slices with the labels over them: look at it
 
     and their paths are printed. Where a result should be looked at before it is used (the brain cut off, structures
     missing or in pieces, strong noise, ...), a line says why, and so do the provenance and the picture.
 
-    Of a folder every NIfTI file is taken that is not named after another kind of image (_T2w, _bold, _mask, _dseg, ...)
-    and its sub-folders are made again in OUTPUT. A scan that cannot be segmented does not stop the others. A run that
+    Of a folder every NIfTI file is taken, unless its name ends as that of another kind of image (_T2w, _bold, _mask,
+    _dseg, ...); OUTPUT gets the same sub-folders. A scan that cannot be segmented does not stop the others. A run that
     was interrupted goes on where it stopped: give the same command again. Several processes may work on the same scans
     and OUTPUT at once; on a cluster's file system, where locks may not work, give each its own --shard.
 
@@ -252,9 +260,9 @@ class BidsApp(click.Command):
 @click.argument("output", metavar="OUTPUT_DIR", type=click.Path(path_type=Path))
 @click.argument("level", metavar="participant|group", type=click.Choice(["participant", "group"]))
 @click.option("--participant-label", "participants", multiple=True, metavar="LABEL...",
-              help="These participants alone; with or without sub-.")  # fmt: skip
+              help="Only these participants; with or without sub-.  [default: all]")  # fmt: skip
 @click.option("--session-label", "sessions", multiple=True, metavar="LABEL...",
-              help="These sessions alone; with or without ses-.")  # fmt: skip
+              help="Only these sessions; with or without ses-.  [default: all]")  # fmt: skip
 @engine_options
 @click.pass_context
 def bids(
@@ -278,8 +286,8 @@ def bids(
       sub-01_seg-MODEL_volumes.tsv   voxels and mm3 of every structure
       sub-01/figures/sub-01_seg-MODEL_qc.png
 
-    and with DLMUSE its table of volumes. OUTPUT_DIR becomes a BIDS derivative dataset. What is done already is
-    skipped, and several processes may work at once, as with 'segment'.
+    where MODEL is the model's name, and with DLMUSE its table of volumes. OUTPUT_DIR becomes a BIDS derivative dataset.
+    What is done already is skipped, and several processes may work at once, as with 'segment'.
 
     group: the tables of volumes in OUTPUT_DIR are merged into one, group_seg-MODEL_volumes.tsv.
 
@@ -306,12 +314,15 @@ def bids(
     ctx.exit(_segment_all(find, output, ctx.obj, **options))
 
 
-@cli.command()
+@cli.command(short_help="Show what a bundle holds, and check every file in it.")
 @click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
 @model_dir_option
 @click.option("--card", is_flag=True, help="Print the built-in model's card: data, accuracy, known weaknesses.")
 def info(model: Path | None, model_dir: Path | None, card: bool) -> None:
-    """Show what a bundle, or a model of 'models list', holds; check every file in it. Default: the built-in model."""
+    """Show what a bundle holds and what passed its accuracy gate; check every file in it.
+
+    BUNDLE is a folder or .zip, or a name that 'models list' shows; without it, the built-in model.
+    """
     from edgemuse.runtime.builtin import MODEL_CARD
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.describe import describe_model
@@ -325,7 +336,7 @@ def info(model: Path | None, model_dir: Path | None, card: bool) -> None:
     click.echo(describe_model(opened))
 
 
-@cli.command()
+@cli.command(short_help="Segment a sample scan that comes with edgemuse.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("edgemuse-demo"), show_default=True,
               help="Folder for the results; those of an earlier demo are replaced.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]")
@@ -351,12 +362,12 @@ def demo(output: Path, threads: int | None) -> None:
 def models(ctx: click.Context) -> None:
     """Models that go by a name: list, fetch, add and verify them.
 
-    They lie in a store, a folder with one bundle each. 'segment --model NAME' finds them there.
+    They lie in a store, a folder with one file or folder for each. 'segment --model NAME' finds them there.
 
     \b
       edgemuse models fetch dlmuse --accept-license    with a network and PyTorch
       edgemuse models list                             what is there, from where, whether whole
-      edgemuse models add STICK/dlmuse.zip             without either: what was fetched elsewhere
+      edgemuse models add STICK/dlmuse.zip             without either: from the store of another machine
     """  # noqa: D301 click reads the backspace itself
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -396,7 +407,7 @@ def _show_usage_error(error: click.ClickException, help_wanted: bool) -> None:
         error.show()
         return
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgemuse"
-    click.echo(f"edgemuse: {' '.join(error.format_message().split())} See '{command} --help'.", err=True)
+    click.echo(f"edgemuse: {one_line(error.format_message())} See '{command} --help'.", err=True)
 
 
 def _guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
@@ -406,25 +417,36 @@ def _guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
     except (EdgemuseError, MemoryError, OSError) as error:
         if debug:
             raise
-        click.echo(f"edgemuse: {_one_line(error, about)}", err=True)
+        click.echo(f"edgemuse: {_named(error, about)}", err=True)
         return error.exit_code if isinstance(error, EdgemuseError) else FAILURE
     except (click.ClickException, click.exceptions.Abort, click.exceptions.Exit):
         raise
     except Exception as error:
         if debug:
             raise
-        click.echo(f"edgemuse: internal error: {_one_line(error, about)}; --debug shows where", err=True)
+        click.echo(f"edgemuse: internal error: {_named(error, about)}; --debug shows where", err=True)
         return FAILURE
 
 
-def _one_line(error: BaseException, about: str = "") -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
+def _named(text: object, about: str) -> str:
+    line, about = one_line(text), one_line(about)
     return line if about in line else f"{about}: {line}"
 
 
-def _show_log(verbose: bool) -> None:
+class _Line(logging.Formatter):
+    """Lines of the log, which name what they are `about` at that moment."""
+
+    def __init__(self, about: Callable[[], str]) -> None:
+        super().__init__()
+        self.about = about
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"edgemuse: {_named(super().format(record), self.about())}"
+
+
+def _show_log(verbose: bool, about: Callable[[], str] = str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("edgemuse: %(message)s"))
+    handler.setFormatter(_Line(about))
     logger = logging.getLogger("edgemuse")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -468,7 +490,7 @@ def _segment_all(
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.extras import needs_extra
     from edgemuse.runtime.jobs import shard as part
-    from edgemuse.runtime.many import Batch, wanted
+    from edgemuse.runtime.many import Batch, at_work, wanted
     from edgemuse.runtime.outputs import prepare_folder
     from edgemuse.runtime.stages import segmenter_of
     from edgemuse.runtime.store import find_model
@@ -477,6 +499,8 @@ def _segment_all(
         """Last of all, because it makes the folder of the results."""
         jobs = part(find(opened), *shard)
         prepare_folder(output)
+        if len(jobs) > 1:
+            _show_log(verbose, lambda: str(at_work.get() or ""))
         return jobs, Screen(len(jobs), debug)
 
     opened = open_model(find_model(model, model_dir))

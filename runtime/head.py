@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head
@@ -38,12 +39,16 @@ def classify(features: Features, head: Head | None, classes: int) -> Labels:
     """
     flat = features.reshape(-1, features.shape[-1])
     labels = np.empty(len(flat), class_dtype(classes))
-    weight = None if head is None else np.ascontiguousarray(head.weight.T)
+    if head is not None:  # the bias as one more feature, which is always 1
+        weight = np.vstack([head.weight.T, head.bias])
+        ones = np.ones((BLOCK, len(weight)), np.result_type(flat, weight))
+        product = np.empty((BLOCK, classes), ones.dtype)
     for start in range(0, len(flat), BLOCK):
         logits = flat[start : start + BLOCK]
-        if weight is not None and head is not None:
-            logits = logits @ weight
-            logits += head.bias
+        if head is not None:
+            block, out = ones[: len(logits)], product[: len(logits)]
+            block[:, :-1] = logits
+            logits = np.matmul(block, weight, out=out)
         labels[start : start + BLOCK] = logits.argmax(axis=1)
     return labels.reshape(features.shape[:-1])
 
@@ -59,7 +64,8 @@ def label_slabs(
     """Consume merged features and return class numbers of `shape` (d, h, w), the scan's grid inside the crop.
 
     Args:
-        slabs: consecutive along depth, each with the depth where it starts, at the network's spacing.
+        slabs: consecutive along depth, each with the depth where it starts, at the network's spacing; in single or
+            half precision.
         head: None where the slabs hold logits.
         classes: C.
         matrices: from the network's grid to `shape`.
@@ -74,12 +80,14 @@ def label_slabs(
 
     def finish(task: Row) -> None:  # so that only one row a thread exists at the scan's spacing
         row, rows, weights = task
-        mixed = rows[0] if weights is None else np.tensordot(weights, rows, 1)
+        single = rows.astype(np.float32, copy=False)
+        mixed = single[0] if weights is None else np.tensordot(weights, single, 1)
         if not np.isfinite(mixed.sum()):
             raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
         labels[row] = classify(_resample_plane(mixed, *plane), head, classes)
 
-    with ThreadPoolExecutor(threads) as pool:
+    # one thread a product: BLAS's own would wait for each other
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         for tasks in _rows(slabs) if depth is None else _resampled_rows(slabs, depth):
             list(pool.map(finish, tasks))  # before the next slab takes this one's place
     return labels

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from edgemuse.runtime.scan import Scan, file_sha256, open_scan
 
 POLL = 1.0
 """Seconds between two looks at the scans that other processes work on."""
+at_work: ContextVar[Path | None] = ContextVar("at_work", default=None)
+"""The scan that this thread works on, for those who show the log: lines about two scans may mix."""
 
 
 class Pipeline(Protocol):
@@ -137,6 +140,7 @@ class Batch:
                     del taken
                 self._settle()
         finally:
+            at_work.set(None)
             for claim in list(self._claims):
                 self._release(claim)
         return self.counts
@@ -157,6 +161,7 @@ class Batch:
         """Claim the first job that is not done; read and prepare it if that takes no more than `room` bytes."""
         while self._open:
             job = self._open.popleft()
+            at_work.set(job.scan)
             claim = Claim(job.outputs[PROVENANCE])
             try:
                 plan = self.segmenter.plan(open_scan(job.scan))
@@ -187,6 +192,7 @@ class Batch:
 
     def _segment(self, taken: Taken) -> None:
         job = taken.job
+        at_work.set(job.scan)
         if taken.loaded is None:
             self._settle()
         with self.screen.scan(job) as progress:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from edgemuse.engines.errors import BundleError
+from edgemuse.engines.errors import BundleError, one_line
 
 model_dir_option = click.option(
-    "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Folder of the models that go "
-    "by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
+    "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store: where models "
+    "go by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model_dir: Path | None
     for entry in [named(name, store) for name in names] or entries(store):
         problem = inspect(entry).problem
         if problem:
-            click.echo(f"edgemuse: {entry.name}: {' '.join(problem.split())}", err=True)
+            click.echo(f"edgemuse: {entry.name}: {one_line(problem)}", err=True)
         else:
             click.echo(f"{entry.name}: whole")
         damaged = damaged or problem is not None

@@ -50,7 +50,7 @@ from edgemuse.runtime.tiles import (
     mirrored,
     plan_tiles,
 )
-from edgemuse.runtime.types import Features, Labels, Shape
+from edgemuse.runtime.types import Features, Image, Labels, Shape
 from edgemuse.runtime.volumes import dlmuse_csv, volumes_tsv
 
 log = logging.getLogger("edgemuse")
@@ -105,7 +105,7 @@ class Loaded:
         scan: where it comes from.
         memory: what it takes at most.
         shown: (i, j, k) its intensities as grey values.
-        prepared: the network's input, until it is taken.
+        prepared: the network's input, from when it is prepared until it is taken.
         watch: the seconds so far.
         sha256: of the file, as it was read.
     """
@@ -185,16 +185,12 @@ class Segmenter:
 
     def prepare(self, path: str | Path) -> Loaded:
         """Everything before the network; may run in a thread beside `finish` of another scan."""
-        watch = Stopwatch()
-        with watch.stage("load"):
-            scan, memory = admit(path, self.plan, self.options.max_ram)
-            _warn_orientation(scan, self.network)
-            image = read_image(scan)
-            sha256 = file_sha256(scan.path)
-            shown = picture.to_bytes(image)
-        with watch.stage("preprocess"):
-            prepared = preprocess(image, scan.affine, scan.zooms, self.network)
-        return Loaded(scan, memory, shown, prepared, watch, sha256)
+        loaded, image = load(path, self.plan, self.options.max_ram)
+        scan = loaded.scan
+        _warn_orientation(scan, self.network)
+        with loaded.watch.stage("preprocess"):
+            loaded.prepared = preprocess(image, scan.affine, scan.zooms, self.network)
+        return loaded
 
     def finish(self, loaded: Loaded, progress: Progress, planned: Planned = lambda total, last: None) -> Segmentation:
         """The network and everything after it; `planned` hears of the memory before the network runs."""
@@ -283,7 +279,7 @@ class Segmenter:
     def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count))
+        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count), threads=self.threads)
         network = self.network
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
@@ -357,13 +353,16 @@ class Stopwatch:
         log.info("%s: %.2f s", name, self.seconds[name])
 
 
-def admit(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | None) -> tuple[Scan, MemoryPlan]:
-    """The scan at `path`, unread, and the memory that `plan` says it takes; raises where either is refused."""
-    scan = open_scan(path)
-    memory = plan(scan)
-    check_memory(scan, memory, max_ram)
-    log.info("memory: %s", memory)
-    return scan, memory
+def load(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | None) -> tuple[Loaded, Image]:
+    """The scan at `path`, to be prepared, and its voxels; raises where it or the memory that it takes is refused."""
+    watch = Stopwatch()
+    with watch.stage("load"):
+        scan = open_scan(path)
+        memory = plan(scan)
+        check_memory(scan, memory, max_ram)
+        log.info("memory: %s", memory)
+        image = read_image(scan)
+        return Loaded(scan, memory, picture.to_bytes(image), None, watch, file_sha256(scan.path)), image
 
 
 def flagged(scan: Scan, subject: Subject, threads: int) -> tuple[Flag, ...]:

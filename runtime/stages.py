@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime import picture, quality
+from edgemuse.runtime import quality
 from edgemuse.runtime.bundle import Bundle, Cascade, open_model
 from edgemuse.runtime.cascade import (
     Mask,
@@ -35,14 +35,13 @@ from edgemuse.runtime.pipeline import (
     Run,
     Segmentation,
     Segmenter,
-    Stopwatch,
-    admit,
     flagged,
+    load,
 )
 from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box, preprocess
 from edgemuse.runtime.quality import Subject
-from edgemuse.runtime.scan import Scan, file_sha256, read_image
+from edgemuse.runtime.scan import Scan
 from edgemuse.runtime.store import find_model
 from edgemuse.runtime.types import Affine, Image, Labels, Shape, Spacing
 
@@ -105,17 +104,13 @@ class CascadeSegmenter:
 
     def prepare(self, path: str | Path) -> LoadedTurned:
         """Everything before the first network; may run in a thread beside `finish` of another scan."""
-        watch = Stopwatch()
-        with watch.stage("load"):
-            scan, memory = admit(path, self.plan, self.options.max_ram)
-            image = read_image(scan)
-            sha256 = file_sha256(scan.path)
-            shown = picture.to_bytes(image)
+        loaded, image = load(path, self.plan, self.options.max_ram)
+        scan = loaded.scan
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
         turned = Turned(turn.apply(image), turned_affine(scan.affine, scan.shape, turn), turn.spacing(scan.zooms))
-        with watch.within(IN_MASK).stage("preprocess"):
-            prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
-        return LoadedTurned(scan, memory, shown, prepared, watch, sha256, turned)
+        with loaded.watch.within(IN_MASK).stage("preprocess"):
+            loaded.prepared = preprocess(turned.image, turned.affine, turned.zooms, self.mask.network)
+        return LoadedTurned(**vars(loaded), turned=turned)
 
     def finish(
         self, loaded: LoadedTurned, progress: Progress, planned: Planned = lambda total, last: None

@@ -9,11 +9,10 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 
-from edgemuse.engines.errors import BundleError, OutputError
+from edgemuse.engines.errors import BundleError, OutputError, one_line
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import CASCADE, MANIFEST, Bundle, Cascade, open_model, write_zip
 
@@ -170,13 +169,8 @@ def _size(path: Path) -> int:
 def _origin(model: Bundle | Cascade) -> str:
     if isinstance(model, Cascade):
         return " and ".join(dict.fromkeys([_origin(model.mask), _origin(model.regions)]))
-    source = model.manifest.source
+    source = model.manifest.source  # a record may hold anything
     hub = source.get(HUB)
     if isinstance(hub, Mapping):
-        return f"{_shown(hub.get('repository'))}@{_shown(hub.get('revision'))[:7]}"
-    return f"exported from {_shown(source['dataset_name'])}" if "dataset_name" in source else "not recorded"
-
-
-def _shown(value: Any) -> str:
-    """A record may hold anything: what a terminal would act on is left out."""
-    return "".join(character for character in str(value)[:80] if character.isprintable())
+        return f"{one_line(hub.get('repository'))[:80]}@{one_line(hub.get('revision'))[:7]}"
+    return f"exported from {one_line(source['dataset_name'])[:80]}" if "dataset_name" in source else "not recorded"

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +106,7 @@ def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
         return infer
 
     def averaged(tile: NDArray[np.float32]) -> Features:
-        total = infer(tile).copy()
+        total = infer(tile).astype(np.float32)
         for flip in flips[1:]:
             total += np.flip(infer(np.ascontiguousarray(np.flip(tile, flip))), flip)
         total /= len(flips)
@@ -120,15 +121,17 @@ def merge_tiles(
     infer: Infer,
     progress: Callable[[], None] = lambda: None,
     dtype: DTypeLike = np.float32,
+    threads: int = 1,
 ) -> Iterator[tuple[int, Features]]:
     """Run every tile and yield the weighted mean of their features, (n, h, w, F), slab after slab along depth.
 
     Args:
         image: (d, h, w), of `plan.shape`.
         plan: where the tiles lie.
-        infer: one tile's features. Its result may be changed.
+        infer: one tile's features, in single or half precision.
         progress: called after each tile.
-        dtype: of the sum.
+        dtype: of the sum. A single tile is not added up and stays as it is.
+        threads: rows that are added up at once.
 
     Yields:
         The depth at which a slab starts, and the slab: a view that is valid until the next one is asked for.
@@ -139,29 +142,30 @@ def merge_tiles(
     (top, _), (left, _), (near, _) = plan.pad
     _, height, width = plan.shape
     if window is None:
-        features = infer(padded).astype(dtype, copy=False)
+        features = infer(padded)
         progress()
         yield 0, features[top : top + plan.shape[0], left : left + height, near : near + width]
         return
     depth = plan.patch[0]
     weights = np.zeros((depth, *padded.shape[1:]), dtype)
     total: Features | None = None
-    for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
-        for row, column in itertools.product(*plan.starts[1:]):
-            features = infer(cut(padded, (start, row, column), plan.patch))
-            progress()
-            if total is None:
-                total = np.zeros((*weights.shape, features.shape[-1]), dtype)
-            _add(total, weights, features, window, (row, column))
-        assert total is not None
-        done = min(following - start, depth)
-        total[:done] /= weights[:done, ..., None]
-        first, last = max(start, top), min(start + done, top + plan.shape[0])
-        if first < last:
-            rows = slice(first - start, last - start)
-            yield first - top, total[rows, left : left + height, near : near + width]
-        _advance(total, done)
-        _advance(weights, done)
+    with ThreadPoolExecutor(threads) as pool:
+        for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
+            for row, column in itertools.product(*plan.starts[1:]):
+                features = infer(cut(padded, (start, row, column), plan.patch))
+                progress()
+                if total is None:
+                    total = np.zeros((*weights.shape, features.shape[-1]), dtype)
+                _add(total, weights, features, window, (row, column), pool)
+            assert total is not None
+            done = min(following - start, depth)
+            total[:done] /= weights[:done, ..., None]
+            first, last = max(start, top), min(start + done, top + plan.shape[0])
+            if first < last:
+                rows = slice(first - start, last - start)
+                yield first - top, total[rows, left : left + height, near : near + width]
+            _advance(total, done)
+            _advance(weights, done)
 
 
 def cut(padded: Image, corner: Sequence[int], patch: Shape) -> NDArray[np.float32]:
@@ -176,13 +180,14 @@ def _add(
     features: Features,
     window: NDArray[np.float32],
     corner: tuple[int, int],
+    pool: Executor,
 ) -> None:
     rows, columns = (slice(first, first + size) for first, size in zip(corner, window.shape[1:], strict=True))
-    if total.dtype == features.dtype:
-        features *= window[..., None]
-    else:
-        features = features * window[..., None].astype(total.dtype)
-    total[:, rows, columns] += features
+
+    def add(depth: int) -> None:  # so that a product stays in the processor's cache
+        total[depth, rows, columns] += features[depth] * window[depth, ..., None].astype(total.dtype, copy=False)
+
+    list(pool.map(add, range(len(total))))
     weights[:, rows, columns] += window
 
 

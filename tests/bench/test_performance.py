@@ -16,7 +16,7 @@ for library in ("torch", "nnunetv2", "nncf"):
 
 from edgemuse.bench import performance
 from edgemuse.bench.cases import Case
-from edgemuse.bench.performance import Bench, Rows, summarise, systems
+from edgemuse.bench.performance import Bench, RowCache, summarise, systems
 from edgemuse.bench.performance_report import report
 from edgemuse.bench.process import ProcessFailure, Run
 from edgemuse.runtime.bundle import open_bundle
@@ -45,7 +45,7 @@ def bench(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr(performance, "measure", measure)
     bundle = open_bundle(case.bundle)
-    rows = Rows(tmp_path / "rows.jsonl", CONTEXT, lambda line: None)
+    rows = RowCache(tmp_path / "rows.jsonl", CONTEXT, lambda line: None)
     few = [system for system in systems(case, bundle, 2) if "openvino" in system.name]
     return Bench(case, bundle, few, tmp_path / "work", rows, lambda line: None)
 
@@ -84,7 +84,7 @@ def test_an_interrupted_command_goes_on(bench: Bench) -> None:
     bench.run_all()
     path, lines = bench.rows.path, bench.rows.path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:20])
-    rows = Rows(path, CONTEXT, lambda line: None)
+    rows = RowCache(path, CONTEXT, lambda line: None)
     assert len(rows.rows) == 3
     Bench(bench.case, bench.bundle, bench.systems, bench.work, rows, lambda line: None).run_all()
     done = [json.loads(line) for line in path.read_text().splitlines()]
@@ -96,7 +96,7 @@ def test_an_interrupted_command_goes_on(bench: Bench) -> None:
 def test_rows_of_another_commit_do_not_count(bench: Bench) -> None:
     bench.rows.add({"system": "a"})
     said: list[str] = []
-    assert Rows(bench.rows.path, CONTEXT | {"commit": "other"}, said.append).rows == []
+    assert RowCache(bench.rows.path, CONTEXT | {"commit": "other"}, said.append).rows == []
     assert "going on after 0 rows; 1 are of another state" in said[0]
 
 

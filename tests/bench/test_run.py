@@ -252,6 +252,13 @@ def test_what_is_no_report_is_refused(tmp_path):
             read_rows(tmp_path)
 
 
+def test_a_half_line_alone_is_dropped(tmp_path):
+    (tmp_path / NAME).write_text('{"kind": "r')
+    shared = dict.fromkeys(CONTEXT, "x")
+    Results(tmp_path, shared).add(kind="run", system="s")
+    assert [row["system"] for row in read_rows(tmp_path)] == ["s"]
+
+
 def test_rows_of_another_machine_are_not_gone_on_with(tmp_path):
     shared = dict.fromkeys(CONTEXT, "x")
     Results(tmp_path, shared).add(kind="run", system="s")

@@ -121,6 +121,7 @@ def test_segmenting_uses_the_new_graph(
     assert bool(ran.err) != row.passed
 
 
+@pytest.mark.usefixtures("only_fp32")
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_in_place(zipped: bool, data: Path, cli: CommandLine, tmp_path: Path) -> None:
     path = bundle_at(tmp_path / "tiny.bundle")

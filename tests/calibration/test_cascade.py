@@ -209,6 +209,7 @@ def test_info_shows_both_tables(calibrated: tuple[Path, list[str]], cli: Command
     assert [part.count("\ncalibration\n") for part in parts] == [1, 1]
 
 
+@pytest.mark.usefixtures("only_fp32")
 @pytest.mark.parametrize("name", ["tiny.bundle", "tiny.zip"])
 def test_in_place_by_its_name_in_the_store(
     name: str, data: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +238,7 @@ def fail_at(call: int, real: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+@pytest.mark.usefixtures("only_fp32")
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_a_failure_in_the_second_stage_leaves_the_cascade_as_it_was(
     zipped: bool, data: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +253,7 @@ def test_a_failure_in_the_second_stage_leaves_the_cascade_as_it_was(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.usefixtures("only_fp32")
 def test_a_failure_in_writing_leaves_the_cascade_as_it_was(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,14 @@ def test_openvino_convolves_in_int8(quantised: Quantised) -> None:
     assert set(found) <= {"i8", "u8"}
 
 
+def test_openvino_returns_half_precision(quantised: Quantised) -> None:
+    """Of the same values: at most half a unit in the last of its digits from ONNX Runtime's where both round alike."""
+    half = run(quantised.graph(), "openvino", "int8", images(1))
+    single = run(quantised.graph(), "onnxruntime", "int8", images(1))
+    assert (half.dtype, single.dtype) == (np.float16, np.float32)
+    assert np.median(np.abs(half - single) / np.maximum(np.abs(single), 1e-3)) < np.finfo(np.float16).eps / 2
+
+
 def test_backends_agree(graph: bytes, quantised: Quantised) -> None:
     """More than either agrees with fp32: what differs is rounding at ties, not what is computed."""
     batches = images(2, seed=9)

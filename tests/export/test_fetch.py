@@ -23,6 +23,7 @@ from edgemuse.engines.errors import ModelFolderError, OutputError
 from edgemuse.export import hub as hub_module
 from edgemuse.export.fetch import DLICV, DLMUSE
 from edgemuse.runtime.bundle import Cascade
+from edgemuse.runtime.claim import Claim
 from edgemuse.runtime.muse import is_muse
 
 FETCH = ("models", "fetch", "dlmuse", "--accept-license")
@@ -131,6 +132,36 @@ def test_interrupted_and_resumed(hub: Hub, store: Path, cli: CommandLine) -> Non
     assert not [path for path, _ in hub.served if path.startswith(DLICV.folder) and path.endswith(".json")]
     assert [path.name for path in store.iterdir()] == ["dlmuse.zip"]
     assert cli("models", "verify").code == 0
+
+
+def test_a_second_process_leaves_the_first_alone(hub: Hub, store: Path, cli: CommandLine) -> None:
+    store.mkdir(parents=True)
+    first = Claim(store / "dlmuse.zip")
+    assert first.acquire()
+    ran = cli(*FETCH)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines()[-1] == (
+        f"edgemuse: {store / 'dlmuse.zip'}: another 'edgemuse models fetch' is getting it; wait until that is done"
+    )
+    assert hub.served == []
+    assert list(store.iterdir()) == [first.path]
+    first.release()
+
+
+def test_what_another_process_just_fetched_is_not_fetched_again(
+    hub: Hub, store: Path, cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = Claim.acquire
+
+    def last(claim: Claim) -> bool:
+        (store / "dlmuse.zip").write_bytes(b"of the other")
+        return acquire(claim)
+
+    monkeypatch.setattr(Claim, "acquire", last)
+    ran = cli(*FETCH)
+    assert (ran.code, ran.out) == (2, "")
+    assert "there is a model of the name dlmuse already" in ran.err
+    assert (hub.served, snapshot(store).keys()) == ([], {"dlmuse.zip"})
 
 
 def test_killed_and_resumed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

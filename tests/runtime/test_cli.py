@@ -104,6 +104,13 @@ def test_wrong_usage_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_holds_nothing_that_a_terminal_acts_on(model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    ran = cli("segment", tmp_path / "a\x1b[2J.nii.gz", tmp_path / "b.nii.gz", "-m", model, "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert f"edgemuse: {tmp_path}/a[2J.nii.gz: no such file" in ran.err
+    assert "\x1b" not in ran.err
+
+
 def test_unknown_backend_is_one_line(scan: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", scan, "-m", model, "-o", tmp_path / "out", "--backend", "abacus")
     assert (ran.code, ran.out) == (2, "")

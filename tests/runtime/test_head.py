@@ -98,6 +98,20 @@ def test_the_property_above_notices_a_wrong_bias():
     assert gap.max() > 2e-2 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_features_in_half_precision_get_the_labels_of_their_values(threads):
+    rng = np.random.default_rng(2)
+    head, half = head_of(rng), rng.normal(size=(3, 40, 50, FEATURES)).astype(np.float16)
+    for matrices in ((None,) * 3, (rng.random((7, 3), np.float32), None, None)):
+        shape = (3 if matrices[0] is None else 7, 40, 50)
+        found, wanted = (
+            label_slabs([(0, features)], head, CLASSES, matrices, shape, threads)
+            for features in (half, half.astype(np.float32))
+        )
+        np.testing.assert_array_equal(found, wanted)
+        assert len(np.unique(found)) > 1
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 40, 50), (2, 64, 64)])
 def test_logits_without_a_head_are_just_compared(shape):
     logits = np.random.default_rng(1).normal(size=(*shape, 5)).astype("f4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,20 @@ def test_the_next_scan_is_prepared_meanwhile_if_memory_allows(
     assert cli("segment", data, "-m", bundle, "-o", tmp_path / "tight", "--max-ram", tight).code == 0
     assert heard == [main] * SCANS
     assert labels(tmp_path / "roomy") == labels(tmp_path / "tight")
+
+
+@pytest.mark.parametrize("name", ["model", "cascade"])
+def test_verbose_lines_name_their_scan(
+    name: str, data: Path, cli: CommandLine, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ran = cli("segment", data, "-m", request.getfixturevalue(name), "-o", tmp_path / "out", "-v")
+    assert ran.code == 0
+    stages = re.compile(r"edgemuse: (\S+?): (?:mask |regions )?(memory|load|preprocess|engine|infer|quality): ")
+    found = [match.groups() for line in ran.err.splitlines() if (match := stages.match(line))]
+    for scan in data.iterdir():
+        for stage in ("memory", "load", "preprocess", "infer", "quality"):
+            assert (str(scan), stage) in found
+    assert not lines(ran, "edgemuse: load: ")
 
 
 def test_a_second_run_has_nothing_to_do(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
@@ -465,22 +480,16 @@ def test_provenance_lists_the_files_and_what_was_asked(
     }
 
 
-def peak(folder: Path, model: Path, scans: int) -> int:
-    """Highest memory of a run over so many equal scans, bytes."""
-    data = [
-        write_scan(folder / f"in{scans}" / f"{n}.nii", np.maximum(head_image((128, 128, 128)), 1)) for n in range(scans)
-    ]
-    ran = run_process("segment", *data, "-m", model, "-o", folder / f"out{scans}", cache_dir=folder / "cache")
-    assert ran.code == 0, ran.err
-    records = [json.loads(path.read_text()) for path in (folder / f"out{scans}").glob("*_provenance.json")]
-    return max(record["memory"]["peak_bytes"] for record in records)
-
-
 def test_memory_stays_within_the_plan_and_flat(tmp_path: Path) -> None:
     model = tiny_bundle(tmp_path / "b", patch=(64, 64, 64), features=16, classes=24)
-    few, more = peak(tmp_path, model, 3), peak(tmp_path, model, 8)
+    image = np.maximum(head_image((128, 128, 128)), 1)
+    data = [write_scan(tmp_path / f"{n}.nii", image) for n in range(8)]
+    ran = run_process("segment", *data, "-m", model, "-o", tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert ran.code == 0, ran.err
+    records = [json.loads((tmp_path / "out" / f"{n}_provenance.json").read_text()) for n in (2, 7)]
+    few, more = (record["memory"]["peak_bytes"] for record in records)  # so far, since the process began
     with open_segmenter(model, Options()) as segmenter:
-        plan = segmenter.plan(open_scan(tmp_path / "in3" / "0.nii"))
+        plan = segmenter.plan(open_scan(data[0]))
     bound = plan.total + plan.ahead + plan.behind
     assert more <= bound, f"{gib(more)} used, {gib(bound)} planned"
     assert more - few < plan.behind / 2, f"{gib(few)} with 3 scans, {gib(more)} with 8"

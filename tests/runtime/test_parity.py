@@ -24,53 +24,65 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with real scans and a trained model is absent")
 
 
-def segment(folder, scan, tmp_path, backend="openvino", orientation=None):
-    bundle = export_model(folder, tmp_path / "model.bundle", ExportOptions(orientation=orientation))
+def segment(bundle, scan, backend="openvino"):
     with Segmenter(open_bundle(bundle), Options("reference", EngineOptions(backend, "fp32"))) as segmenter:
         return segmenter.segment(scan).classes
 
 
-@pytest.fixture
-def scan(tmp_path):
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
     rng = np.random.default_rng(0)
-    smooth = np.add.outer(np.add.outer(np.sin(np.arange(41) / 5), np.cos(np.arange(37) / 4)), np.sin(np.arange(33) / 3))
+    smooth = np.add.outer(np.add.outer(np.sin(np.arange(33) / 5), np.cos(np.arange(25) / 4)), np.sin(np.arange(31) / 3))
     image = (100 * (smooth + 3) + rng.normal(0, 10, smooth.shape)).astype(np.float32)
-    image[:4] = image[:, :, 30:] = 0
-    return write_scan(tmp_path / "scan.nii.gz", image, (1.0, 1.2, 0.9))
+    image[:4] = image[:, :, 28:] = 0
+    return write_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz", image, (1.0, 1.2, 0.9))
 
 
 MODELS = [
     dict(),
     dict(network="ResidualEncoderUNet"),
     dict(folds=("0", "1"), classes=12),
-    dict(mirror_axes=(0, 1, 2)),
+    dict(mirror_axes=None),
     dict(mirror_axes=(2,), transpose=(1, 2, 0)),
     dict(spacing=(1.0, 1.0, 4.0)),
     dict(classes=2),
 ]
 
 
-@pytest.mark.parametrize("options", MODELS, ids=str)
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def small(request, nnunet_models, scan, tmp_path_factory):
+    """A bundle of random weights, and what nnU-Net gives for `scan`."""
+    place = tmp_path_factory.mktemp("small")
+    folder = nnunet_models.make_model_folder(place / "model", **request.param)
+    return export_model(folder, place / "model.bundle"), Reference(folder, mirroring=True).labels(scan, torch.float)
+
+
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_labels_of_small_networks(options, backend, scan, model_folder, tmp_path):
+def test_labels_of_small_networks(backend, small, scan):
     """Random weights: logits are nearly tied, so a voxel in a thousand may differ by rounding alone."""
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    folder = model_folder(**options)
-    expected = Reference(folder, mirroring=True).labels(scan, torch.float)
-    labels = segment(folder, scan, tmp_path, backend)
+    bundle, expected = small
+    labels = segment(bundle, scan, backend)
     assert len(np.unique(expected)) > 1
     assert agreement(labels, expected) >= 0.999
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The trained network's bundle, a real scan at its spacing, and what nnU-Net gives for it."""
+    place = tmp_path_factory.mktemp("trained")
+    upright = scans.reoriented(SHARED / "t1" / "vxm_T1w.nii.gz", place / "upright.nii.gz", "LPS")
+    coarse = scans.resampled(upright, place / "coarse.nii.gz", (2, 2, 2))
+    bundle = export_model(SHARED / "devmodel", place / "model.bundle", ExportOptions(orientation="LPS"))
+    return bundle, coarse, Reference(SHARED / "devmodel", mirroring=False).labels(coarse, torch.float)
+
+
 @needs_shared
 @pytest.mark.parametrize("stored", ["LPS", "RAS", "PIR"])
-def test_labels_of_the_trained_network_on_a_real_scan(stored, tmp_path):
-    upright = scans.reoriented(SHARED / "t1" / "vxm_T1w.nii.gz", tmp_path / "upright.nii.gz", "LPS")
-    coarse = scans.resampled(upright, tmp_path / "coarse.nii.gz", (2, 2, 2))
+def test_labels_of_the_trained_network_on_a_real_scan(stored, trained, tmp_path):
+    bundle, coarse, expected = trained
     given = scans.reoriented(coarse, tmp_path / "given.nii.gz", stored)
-    expected = Reference(SHARED / "devmodel", mirroring=False).labels(coarse, torch.float)
-    labels = segment(SHARED / "devmodel", given, tmp_path, orientation="LPS")
-    scans.save(labels.astype(np.int16), given, tmp_path / "labels.nii.gz")
+    scans.save(segment(bundle, given).astype(np.int16), given, tmp_path / "labels.nii.gz")
     back = scans.labels_of(scans.reoriented(tmp_path / "labels.nii.gz", tmp_path / "back.nii.gz", "LPS"))
     assert agreement(back, expected) >= 0.9999
     assert mean_dice(back, expected) >= 0.9999

@@ -14,9 +14,9 @@ PATCHES = st.tuples(*[st.sampled_from([2, 3, 5, 8])] * 3)
 STEPS = st.sampled_from([0.25, 0.5, 0.7, 1.0])
 
 
-def merged(image, patch, step, infer, dtype=np.float32):
+def merged(image, patch, step, infer, dtype=np.float32, threads=1):
     plan = plan_tiles(image.shape, patch, step)
-    slabs = [(start, slab.copy()) for start, slab in merge_tiles(image, plan, infer, dtype=dtype)]
+    slabs = [(start, slab.copy()) for start, slab in merge_tiles(image, plan, infer, dtype=dtype, threads=threads)]
     depths = [len(slab) for _, slab in slabs]
     assert [start for start, _ in slabs] == list(itertools.accumulate([0, *depths[:-1]]))
     return np.concatenate([slab for _, slab in slabs])
@@ -55,6 +55,29 @@ def test_slabs_equal_a_sum_over_the_whole_volume(shape, patch, step):
     for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-12)):
         result = merged(image, patch, step, lambda tile: (tile * ramp)[..., None], dtype)
         np.testing.assert_allclose(result[..., 0], (total / weight)[inner], rtol=tolerance, atol=tolerance)
+
+
+@given(SIZES, PATCHES, STEPS)
+@settings(max_examples=30)
+def test_half_precision_is_added_up_in_single(shape, patch, step):
+    """The same bits as if the network had returned its rounded features in single precision."""
+    image = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    halves = merged(image, patch, step, lambda tile: np.stack([tile, tile], axis=-1).astype(np.float16))
+    singles = merged(image.astype(np.float16).astype(np.float32), patch, step, lambda tile: np.stack([tile] * 2, -1))
+    np.testing.assert_array_equal(halves, singles)
+
+
+def test_threads_change_nothing():
+    image = np.random.default_rng(3).normal(size=(40, 21, 18)).astype(np.float32)
+    one, three = (merged(image, (16, 12, 8), 0.5, lambda tile: tile[..., None], threads=n) for n in (1, 3))
+    np.testing.assert_array_equal(one, three)
+
+
+def test_mirrored_copies_in_half_precision_are_averaged_in_single():
+    tile = np.random.default_rng(4).normal(size=(4, 6, 8)).astype(np.float16).astype(np.float32)
+    result = mirrored(lambda tile: tile[..., None].astype(np.float16), (0, 1, 2))(tile)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[..., 0], tile, rtol=1e-6)
 
 
 STRIDES = st.tuples(*[st.sampled_from([1, 2, 4])] * 3)
