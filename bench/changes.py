@@ -20,13 +20,16 @@ from scipy import ndimage
 
 from edgemuse.bench import scans
 from edgemuse.bench.performance_report import table
+from edgemuse.engines.hardware import cpu_cores
 from edgemuse.runtime import picture
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Resampling, open_bundle
 from edgemuse.runtime.geometry import voxel_mm3
 from edgemuse.runtime.labels import Label
+from edgemuse.runtime.muse import muse_labels
 from edgemuse.runtime.postprocess import TOUCHING
-from edgemuse.runtime.quality import APART_MM3, apart
+from edgemuse.runtime.preprocess import nonzero_box
+from edgemuse.runtime.quality import APART_MM3, NOISE, apart, contrast_to_noise, noise
 from edgemuse.runtime.resample import resample_image, resampled_shape
 from edgemuse.runtime.scan import open_scan, read_image
 from edgemuse.runtime.types import Labels, Shape
@@ -34,6 +37,7 @@ from edgemuse.runtime.types import Labels, Shape
 ROUNDS = 5
 SPACING = (1.5, 1.5, 1.5)
 """Of the built-in model."""
+SCATTERED = (96, 96, 96)
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,30 @@ def changes(shared: Path) -> Iterator[Change]:
     classes = _classes(scans.labels_of(scan.path), labels)
     mm3 = voxel_mm3(scan.affine)
     yield Change(
-        "quality: components of each structure among blocks of 2 x 2 x 2 voxels",
-        "up to 8 times faster",
+        "load: grey values plane by plane as voxels lie in memory, not along i",
+        "3 times faster",
+        lambda: _to_bytes(image),
+        lambda: picture.to_bytes(image),
+    )
+    yield Change(
+        "quality: components of each structure among blocks of 2 x 2 x 2 voxels, several structures at once",
+        "8 times faster for each core",
         lambda: _apart(classes, labels, mm3),
-        lambda: apart(classes, labels, mm3),
+        lambda: apart(classes, labels, mm3, cpu_cores()),
+    )
+    scattered = np.random.default_rng(0).integers(0, len(muse_labels()), SCATTERED).astype(np.uint8)
+    yield Change(
+        f"the same, 152 classes scattered over {' x '.join(map(str, SCATTERED))} voxels",
+        "8 times faster for each core",
+        lambda: _apart(scattered, muse_labels(), 1.0),
+        lambda: apart(scattered, muse_labels(), 1.0, cpu_cores()),
+    )
+    shown, inside = picture.to_bytes(image), image > image.mean()
+    yield Change(
+        "quality: contrast and noise from counts of whole numbers, not from sorted ones",
+        "4 times faster",
+        lambda: [_contrast_to_noise(shown, inside)],
+        lambda: [contrast_to_noise(shown, inside)],
     )
     yield Change(
         "picture: slices as views, not np.take, which walks through the volume",
@@ -104,6 +128,23 @@ def _apart(classes: Labels, labels: Sequence[Label], mm3: float) -> dict[int, fl
             if sizes.sum() * mm3 >= APART_MM3:
                 shares[label.index] = 1 - float(sizes.max() / sizes.sum()) if len(sizes) > 1 else 0.0
     return shares
+
+
+def _to_bytes(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+    sample = image[tuple(slice(None, None, max(size // 64, 1)) for size in image.shape)]
+    low, high = np.percentile(sample[sample > sample.min()], picture.WINDOW)
+    shown = np.empty(image.shape, np.uint8)
+    for index, plane in enumerate(image):
+        shown[index] = np.clip((plane - np.float32(low)) * np.float32(255 / (high - low)), 0, 255)
+    return shown
+
+
+def _contrast_to_noise(shown: NDArray[np.uint8], inside: NDArray[np.bool_]) -> float:
+    box = nonzero_box(inside)
+    core = inside[box][1:-1, 1:-1, 1:-1]
+    low, high = np.percentile(shown[box][1:-1, 1:-1, 1:-1][core], (10, 90))
+    residuals = np.abs(NOISE * noise(shown[box].astype(np.float32))[core])
+    return float(high - low) / max(1.4826 * float(np.median(residuals)), 0.5)
 
 
 def _cuts(classes: Labels) -> list[tuple[picture.Plane, int]]:

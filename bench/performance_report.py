@@ -17,7 +17,7 @@ predictor in the same session over this. *Peak*: highest resident memory. *Agree
 over the structures of the scan with known labels. Islands are kept, as nnU-Net keeps them. A system that takes
 minutes runs once, cold. Trained networks whose bundle stores no int8 are quantised on the sample scan that comes with
 edgemuse. With random weights every structure is also scattered over the whole volume, so that *quality*, which looks
-for the components of each, takes far longer than with a trained network.
+for the components of each, takes longer than with a trained network.
 """
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write")
 REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemuse.runtime.geometry import in_memory_order
 from edgemuse.runtime.types import Labels
 
 COLOR = re.compile("#[0-9a-fA-F]{6}")
@@ -106,7 +107,7 @@ def dseg_tsv(labels: Sequence[Label]) -> str:
 def count_voxels(classes: Labels, labels: Sequence[Label]) -> NDArray[np.int64]:
     """Voxels of each class, (C,)."""
     counts = np.zeros(len(labels), np.int64)
-    for plane in classes:  # bincount makes a copy of eight bytes a voxel
+    for plane in in_memory_order(classes)[0]:  # bincount makes a copy of eight bytes a voxel
         counts += np.bincount(plane.ravel(), minlength=len(labels))
     return counts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from edgemuse.runtime.geometry import in_memory_order
 from edgemuse.runtime.labels import Label, label_color
 from edgemuse.runtime.types import Affine, Labels
 
@@ -55,9 +57,9 @@ def to_bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
     signal = sample[sample > sample.min()]
     low, high = np.percentile(signal, WINDOW) if signal.size else (0.0, 1.0)
     scale = np.float32(255 / (high - low if high > low else 1))
-    shown = np.empty(image.shape, np.uint8)
-    for index, plane in enumerate(image):  # plane by plane: a float copy of the volume is never needed
-        shown[index] = np.clip((plane - np.float32(low)) * scale, 0, 255)
+    shown = np.empty_like(image, np.uint8)
+    for plane, result in zip(*in_memory_order(image, shown), strict=True):  # a float copy of the volume is never needed
+        result[:] = np.clip((plane - np.float32(low)) * scale, 0, 255)
     return shown
 
 
@@ -96,7 +98,7 @@ def picture(
             sheet.paste(_fitted(panel, sizes[plane.across], sizes[plane.up]), corner)
             _letters(draw, plane, corner)
     stream = io.BytesIO()
-    sheet.save(stream, "PNG", compress_level=4)
+    sheet.save(stream, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # half the time, a twentieth more bytes
     return stream.getvalue()
 
 

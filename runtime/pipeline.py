@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -167,6 +168,11 @@ class Segmenter:
         """Whether the engine takes memory."""
         return self._engine is not None
 
+    @property
+    def threads(self) -> int:
+        """Cores to use beside the engine."""
+        return self.options.engine.threads or cpu_cores()
+
     def close(self) -> None:
         """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
@@ -192,7 +198,7 @@ class Segmenter:
         run = self.run(scan, loaded.take(), watch, progress, planned)
         with watch.stage("quality"):
             subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
-            flags = flagged(scan, subject)
+            flags = flagged(scan, subject, self.threads)
         provenance = self.provenance(scan, loaded.sha256, run, watch.seconds) | quality.record(flags)
         return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
 
@@ -273,13 +279,12 @@ class Segmenter:
     def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        threads = self.options.engine.threads or cpu_cores()
-        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count), threads=threads)
+        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count), threads=self.threads)
         network = self.network
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
-        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, threads)
+        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, self.threads)
 
     def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
         features = engine.infer(tile[None, None])
@@ -360,9 +365,9 @@ def load(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | 
         return Loaded(scan, memory, picture.to_bytes(image), None, watch, file_sha256(scan.path)), image
 
 
-def flagged(scan: Scan, subject: Subject) -> tuple[Flag, ...]:
+def flagged(scan: Scan, subject: Subject, threads: int) -> tuple[Flag, ...]:
     """Why the result for `scan` should be looked at; says so in the log as well."""
-    flags = quality.assess(subject)
+    flags = quality.assess(subject, threads)
     if flags:
         log.warning("%s: look at this result: %s", scan.path, quality.summary(flags))
     return flags
@@ -413,10 +418,19 @@ def write(
 
 def _results(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
     """All files but the provenance."""
+    with ThreadPoolExecutor(1) as pool:  # the label map is compressed while the picture is drawn
+        dseg = pool.submit(_label_map, segmentation)
+        return {**_tables_and_picture(segmentation, with_picture), "dseg.nii.gz": dseg.result()}
+
+
+def _label_map(segmentation: Segmentation) -> bytes:
+    return outputs.nifti_bytes(to_indices(segmentation.classes, segmentation.labels), segmentation.scan)
+
+
+def _tables_and_picture(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
     labels, scan = segmentation.labels, segmentation.scan
     voxels, mm3 = structure_voxels(count_voxels(segmentation.classes, labels), labels), voxel_mm3(scan.affine)
     contents = {
-        "dseg.nii.gz": outputs.nifti_bytes(to_indices(segmentation.classes, labels), scan),
         "dseg.tsv": dseg_tsv(labels).encode(),
         "volumes.tsv": volumes_tsv(voxels, labels, mm3).encode(),
     }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from edgemuse.runtime.labels import Label
+from edgemuse.runtime.preprocess import nonzero_box
 from edgemuse.runtime.types import Labels
 
 TOUCHING = ndimage.generate_binary_structure(3, 3)
@@ -32,11 +33,13 @@ def remove_islands(classes: Labels, labels: Sequence[Label]) -> int:
         How many voxels changed.
     """
     single = [label.number for label in labels if label.single]
-    if not single:
+    if not single or not classes.any():
         return 0
-    changed = _keep_brain(classes)
-    boxes = ndimage.find_objects(classes, max_label=max(single))
-    return changed + sum(_keep_largest(classes, number, boxes[number - 1]) for number in single if boxes[number - 1])
+    used = nonzero_box(classes)
+    inside = classes[tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in used)]  # with what is around it
+    changed = _keep_brain(inside)
+    boxes = ndimage.find_objects(inside, max_label=max(single))
+    return changed + sum(_keep_largest(inside, number, boxes[number - 1]) for number in single if boxes[number - 1])
 
 
 def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -49,13 +52,10 @@ def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _keep_brain(classes: Labels) -> int:
-    found = ndimage.find_objects((classes != 0).view(np.uint8))
-    if not found:
-        return 0
-    inside = classes[found[0]]
-    stray = (inside != 0) & ~largest_component(inside != 0)
-    inside[stray] = 0
-    return int(stray.sum())
+    inside = classes != 0
+    stray = inside & ~largest_component(inside)
+    classes[stray] = 0
+    return int(np.count_nonzero(stray))
 
 
 def _keep_largest(classes: Labels, number: int, box: tuple[slice, slice, slice]) -> int:

@@ -5,16 +5,19 @@ The limits are chosen, not learned: wide enough that usual scans stay silent. No
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from edgemuse.runtime.geometry import orientation, voxel_mm3
+from edgemuse.runtime.geometry import in_memory_order, orientation, voxel_mm3
 from edgemuse.runtime.labels import Label, by_index, count_voxels, structure_voxels
 from edgemuse.runtime.muse import is_muse, region_voxels
 from edgemuse.runtime.postprocess import TOUCHING
@@ -35,8 +38,12 @@ APART = 0.3
 """Share of a structure outside its largest component."""
 APART_MM3 = 1000.0
 """Structures that are smaller are not asked for it."""
+AT_ONCE = 4
+"""Structures looked at at once at most: each takes up to two bytes a voxel of the volume."""
 CONTRAST_TO_NOISE = 8.0
 """Below it the grain is plain to see."""
+NOISE = math.sqrt(1 / 42)
+"""From six times a voxel less its six neighbours, of variance 36 + 6, to the standard deviation of white noise."""
 NAMED = 5
 """So many structures are named in an explanation."""
 FACES = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
@@ -79,7 +86,7 @@ class Subject:
     plausible_mm3: tuple[float, float] | None = None
 
 
-def assess(subject: Subject) -> tuple[Flag, ...]:
+def assess(subject: Subject, threads: int = 1) -> tuple[Flag, ...]:
     """Every sign that `subject` should be looked at, most general first."""
     inside = subject.inside
     if inside is None:
@@ -91,9 +98,9 @@ def assess(subject: Subject) -> tuple[Flag, ...]:
         *_field_of_view(
             faces_mm2(inside, subject.affine), "labelled region" if subject.inside is None else "brain mask"
         ),
-        *_volume(float(inside.sum() * voxel), subject.plausible_mm3),
+        *_volume(np.count_nonzero(inside) * voxel, subject.plausible_mm3),
         *_missing(mm3, subject.labels),
-        *_fragmented(apart(subject.classes, subject.labels, voxel), subject.labels),
+        *_fragmented(apart(subject.classes, subject.labels, voxel, threads), subject.labels),
         *_asymmetric(pairs(mm3, subject.labels)),
         *_noisy(contrast_to_noise(subject.shown, inside)),
         *_anisotropic(subject.zooms, subject.spacing),
@@ -122,34 +129,56 @@ def faces_mm2(inside: NDArray[np.bool_], affine: Affine) -> dict[str, float]:
     return areas
 
 
-def apart(classes: Labels, labels: Sequence[Label], voxel_mm3: float) -> dict[int, float]:
+def apart(classes: Labels, labels: Sequence[Label], voxel_mm3: float, threads: int = 1) -> dict[int, float]:
     """Share of each structure's voxels outside its largest component, by index; small structures are left out.
 
-    Components are found among blocks of 2 x 2 x 2 voxels, so that parts with less than a block between them are one. A
-    structure of several classes counts by its largest class.
+    Components are found among the volume's blocks of 2 x 2 x 2 voxels, so that parts with less than a block between
+    them are one. A structure of several classes counts by its largest class. Up to `threads` classes are looked at at
+    once.
     """
-    shares: dict[int, float] = {}
-    boxes: list[Box | None] = ndimage.find_objects(classes, max_label=len(labels) - 1)
-    for label, box in zip(labels[1:], boxes, strict=True):
-        if box is None or label.index == 0:
-            continue
-        blocks = _voxels_in_blocks(classes[box] == label.number)
+    if not classes.any():
+        return {}
+    (classes,) = in_memory_order(classes)
+    inside = classes[tuple(slice(2 * side.start, 2 * side.stop) for side in _halved(nonzero_box(classes)))]
+    boxes: list[Box | None] = ndimage.find_objects(inside, max_label=len(labels) - 1)
+    found = [(label, _halved(box)) for label, box in zip(labels[1:], boxes, strict=True) if box and label.index]
+    corners = _corners(inside)
+
+    def look(item: tuple[Label, Box]) -> tuple[int, int, float]:
+        label, box = item
+        # of a block's eight voxels, each in a volume of its own, those of the class
+        blocks = (corners[(slice(None), *box)] == label.number).view(np.uint8).sum(axis=0, dtype=np.uint8)
         voxels = int(blocks.sum())
-        if voxels * voxel_mm3 >= APART_MM3:
-            parts = ndimage.label(blocks, TOUCHING)[0]
-            shares[label.index] = 1 - float(np.bincount(parts.ravel(), blocks.ravel())[1:].max()) / voxels
-    return shares
+        return voxels, label.index, _outside_largest(blocks) if voxels * voxel_mm3 >= APART_MM3 else 0.0
+
+    with ThreadPoolExecutor(min(threads, AT_ONCE)) as pool:
+        looked = sorted(pool.map(look, found))
+    return {index: share for voxels, index, share in looked if voxels * voxel_mm3 >= APART_MM3}
 
 
-def _voxels_in_blocks(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Voxels of `mask` in each block of 2 x 2 x 2; blocks at the far faces may be cut off."""
-    counts = mask.view(np.uint8)
-    for axis in range(3):
-        whole = np.moveaxis(counts, axis, 0)
-        halved = whole[::2].copy()
-        halved[: len(whole) // 2] += whole[1::2]
-        counts = np.moveaxis(halved, 0, axis)
-    return counts
+def _corners(classes: Labels) -> Labels:
+    """(8, i, j, k): the blocks of 2 x 2 x 2 voxels, their first voxels, their second ones, and so on; 0 beyond."""
+    corners = np.zeros((8, *((size + 1) // 2 for size in classes.shape)), classes.dtype)
+    for corner, first in zip(corners, product((0, 1), repeat=3), strict=True):
+        voxels = classes[tuple(slice(start, None, 2) for start in first)]
+        corner[tuple(slice(size) for size in voxels.shape)] = voxels
+    return corners
+
+
+def _halved(box: Box) -> Box:
+    """The blocks of 2 x 2 x 2 voxels that `box` meets."""
+    i, j, k = (slice(side.start // 2, (side.stop + 1) // 2) for side in box)
+    return i, j, k
+
+
+def _outside_largest(blocks: NDArray[np.uint8]) -> float:
+    """Share of the voxels outside the largest component of the blocks that hold some; `blocks`: how many each holds."""
+    parts, count = ndimage.label(blocks, TOUCHING)
+    if count == 1:
+        return 0.0
+    occupied = np.flatnonzero(blocks)
+    sizes = np.bincount(parts.ravel()[occupied], blocks.ravel()[occupied])
+    return 1 - float(sizes.max() / sizes.sum())
 
 
 def pairs(mm3: Mapping[int, float], labels: Sequence[Label]) -> dict[str, tuple[float, float]]:
@@ -163,18 +192,19 @@ def pairs(mm3: Mapping[int, float], labels: Sequence[Label]) -> dict[str, tuple[
     return {name: (sides[0], sides[1]) for name, sides in found.items() if len(sides) == 2}
 
 
-def noise(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pseudo-residuals of a volume's inner voxels: each less the mean of its six neighbours.
+def noise(image: NDArray[Any]) -> NDArray[Any]:
+    """Six times each inner voxel of a volume less its six neighbours, in the image's own type.
 
-    Scaled so that white noise keeps its standard deviation (Gasser et al. 1986, doi:10.1093/biomet/73.3.625; used for
-    MRI by Coupé et al. 2010, doi:10.1016/j.media.2010.03.001). Two voxels shorter along each axis.
+    Times `NOISE` these are pseudo-residuals, and white noise keeps its standard deviation (Gasser et al. 1986,
+    doi:10.1093/biomet/73.3.625; used for MRI by Coupé et al. 2010, doi:10.1016/j.media.2010.03.001). Two voxels shorter
+    along each axis.
     """
     inner, before, after = slice(1, -1), slice(None, -2), slice(2, None)
-    core = image[inner, inner, inner]
-    total = image[before, inner, inner] + image[after, inner, inner]
-    total += image[inner, before, inner] + image[inner, after, inner]
-    total += image[inner, inner, before] + image[inner, inner, after]
-    residuals: NDArray[np.float32] = np.float32(np.sqrt(6 / 7)) * (core - total / np.float32(6))
+    residuals: NDArray[Any] = image.dtype.type(6) * image[inner, inner, inner]
+    for side in (before, after):
+        residuals -= image[side, inner, inner]
+        residuals -= image[inner, side, inner]
+        residuals -= image[inner, inner, side]
     return residuals
 
 
@@ -186,14 +216,24 @@ def contrast_to_noise(shown: NDArray[np.uint8], inside: NDArray[np.bool_]) -> fl
     """
     if not inside.any():
         return None
+    shown, inside = in_memory_order(shown, inside)
     box = nonzero_box(inside)
-    grey, core = shown[box], inside[box][1:-1, 1:-1, 1:-1]
+    grey, core = shown[box].astype(np.int16), inside[box][1:-1, 1:-1, 1:-1]
     if np.count_nonzero(core) < 1000:
         return None
-    low, high = np.percentile(grey[1:-1, 1:-1, 1:-1][core], (10, 90))
-    residuals = [noise(grey[i : i + 3].astype(np.float32))[0][plane] for i, plane in enumerate(core)]
-    sigma = 1.4826 * float(np.median(np.abs(np.concatenate(residuals))))
-    return float(high - low) / max(sigma, 0.5)
+    levels, residuals = np.zeros(256, np.int64), np.zeros(6 * 255 + 1, np.int64)  # how often each value occurs
+    for i, plane in enumerate(core):
+        levels += np.bincount(grey[i + 1, 1:-1, 1:-1][plane], minlength=len(levels))
+        residuals += np.bincount(np.abs(noise(grey[i : i + 3])[0][plane]), minlength=len(residuals))
+    sigma = 1.4826 * NOISE * _quantile(residuals, 0.5)
+    return (_quantile(levels, 0.9) - _quantile(levels, 0.1)) / max(sigma, 0.5)
+
+
+def _quantile(counts: NDArray[np.int64], share: float) -> float:
+    """The quantile of whole numbers that occur `counts` times; between two of them as `numpy.quantile` does."""
+    place = share * (int(counts.sum()) - 1)
+    low, high = np.searchsorted(counts.cumsum(), (math.floor(place), math.ceil(place)), side="right")
+    return float(low + (high - low) * (place % 1))
 
 
 def _field_of_view(areas: Mapping[str, float], what: str) -> Iterator[Flag]:

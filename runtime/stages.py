@@ -127,7 +127,7 @@ class CascadeSegmenter:
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
         found, inside = turn.undo(classes), turn.undo(mask)
         with watch.stage("quality"):
-            flags = flagged(scan, self._subject(scan, shown, found, inside))
+            flags = flagged(scan, self._subject(scan, shown, found, inside), self.regions.threads)
         held = self._held(scan)
         planned_bytes = max(
             memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemuse.runtime.geometry import orientation, reorientation
+from edgemuse.runtime.geometry import in_memory_order, orientation, reorientation
 
 CODES = [
     "".join(c)
@@ -56,3 +56,13 @@ def test_an_oblique_grid_counts_as_its_nearest_axes():
     affine = np.array(stored_as("PIR").affine)
     affine[:3, :3] = turn @ affine[:3, :3]
     assert reorientation(affine, "LPS", (0, 1, 2)) == reorientation(stored_as("PIR").affine, "LPS", (0, 1, 2))
+
+
+@given(st.permutations(range(3)), st.tuples(*[st.sampled_from((-1, 1))] * 3))
+def test_in_memory_order_the_last_axis_lies_together(order, steps):
+    stored = np.arange(4 * 5 * 6).reshape(4, 5, 6)
+    volume = stored.transpose(order)[tuple(slice(None, None, step) for step in steps)]
+    turned, other = in_memory_order(volume, volume * 2)
+    assert [abs(stride) for stride in turned.strides] == list(stored.strides)
+    np.testing.assert_array_equal(other, turned * 2)
+    assert sorted(turned.ravel()) == list(stored.ravel())

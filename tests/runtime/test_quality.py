@@ -13,6 +13,7 @@ from bundles import CommandLine, tiny_bundle, tiny_cascade, write_scan
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
@@ -21,8 +22,8 @@ from edgemuse.runtime.muse import cortical_csf, muse_labels
 from edgemuse.runtime.picture import to_bytes
 from edgemuse.runtime.quality import (
     CONTRAST_TO_NOISE,
+    NOISE,
     Subject,
-    _voxels_in_blocks,
     apart,
     assess,
     contrast_to_noise,
@@ -135,25 +136,32 @@ def test_faces_are_named_by_the_body(codes: str) -> None:
     assert areas == pytest.approx(dict.fromkeys(areas, 0.0) | {"superior": 60.0})
 
 
-@given(arrays.arrays(np.uint8, (5, 6, 7), elements=st.integers(0, 3)))
-def test_share_outside_the_largest_component(classes: np.ndarray) -> None:
+@given(
+    arrays.arrays(np.uint8, (7, 12, 9), elements=st.integers(0, 4), fill=st.just(0)),
+    st.permutations(range(3)),
+    st.integers(1, 3),
+)
+def test_share_outside_the_largest_component(classes: np.ndarray, order: list[int], threads: int) -> None:
     """Counted again voxel by voxel: those in one block, or in blocks that touch, are connected."""
-    found = apart(classes, LABELS, voxel_mm3=1e6)
-    assert set(found) == {LABELS[n].index for n in np.unique(classes) if n}
-    for label in LABELS[1:]:
-        if label.index in found:
-            voxels = np.argwhere(classes == label.number)
-            blocks = (voxels - voxels.min(axis=0)) // 2
+    labels = (*LABELS, Label(4, 3, "more cortex"))
+    classes = classes.transpose(order)
+    expected: dict[int, tuple[int, float]] = {}
+    for label in labels[1:]:
+        blocks = np.argwhere(classes == label.number) // 2
+        if len(blocks):
             touching = (np.abs(blocks[:, None] - blocks[None]) <= 1).all(axis=-1)
             _, parts = connected_components(csr_array(touching))
-            assert found[label.index] == pytest.approx(1 - np.bincount(parts).max() / len(voxels))
+            share = 1 - np.bincount(parts).max() / len(blocks)
+            expected[label.index] = max(expected.get(label.index, (0, 0.0)), (len(blocks), share))
+    found = apart(classes, labels, voxel_mm3=1e6, threads=threads)
+    assert found == pytest.approx({index: share for index, (_, share) in expected.items()})
 
 
-def test_blocks_hold_all_voxels() -> None:
-    """At odd sizes too."""
-    mask = np.random.default_rng(0).random((5, 4, 7)) < 0.5
-    padded = np.pad(mask, ((0, 1), (0, 0), (0, 1))).reshape(3, 2, 2, 2, 4, 2)
-    np.testing.assert_array_equal(_voxels_in_blocks(mask), padded.sum(axis=(1, 3, 5)))
+def test_small_structures_are_not_asked_whether_they_are_in_pieces() -> None:
+    classes = np.zeros((20, 20, 20), np.uint8)
+    classes[:10, :9, :11], classes[0, 0, -5:], classes[-5:, -5:, -5:] = 1, 2, 2
+    assert set(apart(classes, LABELS, voxel_mm3=1.0)) == set()
+    assert apart(classes, LABELS, voxel_mm3=1000 / 130) == {10: 0.0, 49: pytest.approx(5 / 130)}
 
 
 @pytest.mark.parametrize(
@@ -175,14 +183,29 @@ def test_pairs_are_found_by_name(left: str, right: str, name: str) -> None:
 @given(st.floats(1, 100), st.integers(0, 2**32 - 1))
 def test_noise_of_a_flat_image_is_its_standard_deviation(sd: float, seed: int) -> None:
     image = np.random.default_rng(seed).normal(500, sd, (24, 24, 24)).astype(np.float32)
-    assert noise(image).std() == pytest.approx(sd, rel=0.05)
+    assert NOISE * noise(image).std() == pytest.approx(sd, rel=0.05)
 
 
 @given(st.tuples(*[st.floats(-20, 20)] * 4))
 def test_a_slope_is_no_noise(slope: tuple[float, float, float, float]) -> None:
     i, j, k = np.indices((6, 7, 8))
     image = (slope[0] * i + slope[1] * j + slope[2] * k + slope[3]).astype(np.float32)
-    np.testing.assert_allclose(noise(image), 0, atol=1e-3)
+    np.testing.assert_allclose(noise(image), 0, atol=3e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.permutations(range(3)))
+def test_contrast_and_noise_are_those_of_every_voxel_inside(seed: int, order: list[int]) -> None:
+    random = np.random.default_rng(seed)
+    shown = random.integers(0, random.integers(2, 257), (15, 14, 13)).astype(np.uint8).transpose(order)
+    inside = random.random(shown.shape) < 0.9
+    inside[0] = inside[-1] = inside[:, 0] = inside[:, -1] = inside[..., 0] = inside[..., -1] = True
+    core = (slice(1, -1),) * 3
+    kernel = ndimage.generate_binary_structure(3, 1) / -6
+    kernel[1, 1, 1] = 1
+    residuals = np.sqrt(6 / 7) * ndimage.convolve(shown.astype(float), kernel)[core][inside[core]]
+    sigma = 1.4826 * np.median(np.abs(residuals))
+    spread = np.subtract(*np.percentile(shown[core][inside[core]], (90, 10)))
+    assert contrast_to_noise(shown, inside) == pytest.approx(spread / max(sigma, 0.5))
 
 
 @pytest.mark.parametrize("noise_sd", [4, 8, 16])
