@@ -229,8 +229,8 @@ class Segmenter:
     def plan(self, scan: Scan, tiles: TilePlan | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
-        precision = self.options.engine.precision
-        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles, precision)
+        engine = (self.options.engine.backend, self.options.engine.precision)
+        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles, engine)
 
     def _tiles(self, scan: Scan, shape: Shape, held: int) -> tuple[TilePlan, MemoryPlan]:
         """The tiles for an image of `shape`, and the memory they take: patches, or the largest tiles that fit."""
