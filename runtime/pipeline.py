@@ -420,7 +420,8 @@ def _results(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]
     """All files but the provenance."""
     with ThreadPoolExecutor(1) as pool:  # the label map is compressed while the picture is drawn
         dseg = pool.submit(_label_map, segmentation)
-        return {**_tables_and_picture(segmentation, with_picture), "dseg.nii.gz": dseg.result()}
+        others = _tables_and_picture(segmentation, with_picture)
+        return {"dseg.nii.gz": dseg.result(), **others}
 
 
 def _label_map(segmentation: Segmentation) -> bytes:

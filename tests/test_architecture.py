@@ -23,9 +23,9 @@ MAY_IMPORT = {
     "export": {"engines", "runtime"},
     "calibration": {"engines", "runtime", "export"},
     "bench": {"engines", "runtime", "export", "calibration"},
-    "training": {"export", "runtime", "engines"},
+    "training": {"calibration", "export", "runtime", "engines"},
 }
-RUNTIME_LIBRARIES = {"PIL", "click", "nibabel", "numpy", "platformdirs", "scipy"}
+RUNTIME_LIBRARIES = {"PIL", "click", "nibabel", "numpy", "platformdirs", "scipy", "threadpoolctl"}
 ENGINE_LIBRARIES = {"numpy"}
 EXCEPTIONS = {
     "engines/hardware.py": {"psutil"},

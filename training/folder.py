@@ -18,7 +18,7 @@ from edgemuse.runtime.types import Shape
 from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
 
 FEATURES = (16, 32, 64, 128, 256)
-PATCH: Shape = (96, 128, 96)
+PATCH: Shape = (112, 160, 112)
 SPACING = 1.5
 """mm"""
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"

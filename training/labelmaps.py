@@ -32,6 +32,7 @@ COLORS = {
 """FreeSurfer's colours of the left-hand structures; the right-hand ones have the same, but for the white matter."""
 RIGHT_WHITE_MATTER = "00e100"
 MIDLINE = (14, 15, 16, 24)
+THIN = (5, 44)
 RIGHT = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54, 26: 58, 28: 60}
 """Left to right."""
 LESIONS = {25: 2, 57: 41}
@@ -60,8 +61,12 @@ def class_names() -> list[str]:
 
 
 def class_singles() -> list[bool]:
-    """Whether each class is in one piece: all but the background, and the fluid, which fills what is left."""
-    return [index not in (0, 24) for index in INDICES]
+    """Whether each class is in one piece.
+
+    Not the background, nor the fluid, which fills what is left, nor the inferior lateral ventricles: they are so thin
+    that a network at 1.5 mm finds them in pieces, and all but one would be lost.
+    """
+    return [index not in (0, 24, *THIN) for index in INDICES]
 
 
 def class_colors() -> list[str]:
