@@ -15,9 +15,9 @@ compiled engine, in turn with all other systems; *cold*: the first run, which co
 predictor in the same session over this. *Peak*: highest resident memory. *Agreement*: mean Dice with the labels of
 `reference` in fp32, over all scans; with random weights logits are nearly tied, so there it says little. *Dice*: mean
 over the structures of the scan with known labels. Islands are kept, as nnU-Net keeps them. A system that takes
-minutes, or a backend that `auto` would not take, runs once, cold. Trained networks whose bundle stores no int8 are quantised on the sample scan that comes with
-edgemuse. With random weights every structure is also scattered over the whole volume, so that *quality*, which looks
-for the components of each, takes longer than with a trained network.
+minutes, or a backend that `auto` would not take, runs once, cold. Trained networks whose bundle stores no int8 are
+quantised on the sample scan that comes with edgemuse. With random weights every structure is also scattered over the
+whole volume, so that *quality*, which looks for the components of each, takes longer than with a trained network.
 """
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write")
 REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the
