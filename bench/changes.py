@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,16 +16,21 @@ from typing import Any
 
 import click
 import numpy as np
+import openvino as ov
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from edgemuse.bench import scans
 from edgemuse.bench.performance_report import table
 from edgemuse.engines.hardware import cpu_cores
+from edgemuse.engines.openvino import OpenVINOEngine
+from edgemuse.engines.openvino_rewrites import put_channels_last
+from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime import picture
 from edgemuse.runtime.builtin import BUILT_IN
-from edgemuse.runtime.bundle import Resampling, open_bundle
+from edgemuse.runtime.bundle import Head, Resampling, open_bundle
 from edgemuse.runtime.geometry import voxel_mm3
+from edgemuse.runtime.head import BLOCK, label_slabs
 from edgemuse.runtime.labels import Label
 from edgemuse.runtime.muse import muse_labels
 from edgemuse.runtime.postprocess import TOUCHING
@@ -38,19 +44,23 @@ ROUNDS = 5
 SPACING = (1.5, 1.5, 1.5)
 """Of the built-in model."""
 SCATTERED = (96, 96, 96)
+HEAD_SHAPE, CLASSES = (16, 214, 155, 32), 152
+"""Rows of DLMUSE's features on a brain."""
 
 
 @dataclass(frozen=True)
 class Change:
     """A step `before` and `after`, and what was expected of the change.
 
-    Both give the same but for `quality`, where parts that lie close together are now one: no share is larger.
+    Both give the same, but for a share of `tolerance` in the root mean square, and but for `quality`, where parts that
+    lie close together are now one: no share is larger.
     """
 
     name: str
     predicted: str
     before: Callable[[], Any]
     after: Callable[[], Any]
+    tolerance: float = 2e-7
 
 
 def changes(shared: Path) -> Iterator[Change]:
@@ -95,11 +105,61 @@ def changes(shared: Path) -> Iterator[Change]:
         lambda: [_contrast_to_noise(shown, inside)],
         lambda: [contrast_to_noise(shown, inside)],
     )
+    yield from _head()
+    yield from _int8()
     yield Change(
         "picture: slices as views, not np.take, which walks through the volume",
         "9 walks saved",
         lambda: [np.take(classes, position, axis=plane.cut).T[::-1, ::-1] for plane, position in _cuts(classes)],
         lambda: [picture._slice(classes, plane, position) for plane, position in _cuts(classes)],
+    )
+
+
+def _head() -> Iterator[Change]:
+    rng = np.random.default_rng(1)  # whole numbers, of which sums are exact in any order
+    features = rng.integers(-8, 9, HEAD_SHAPE).astype(np.float32)
+    head = Head(
+        rng.integers(-8, 9, (CLASSES, HEAD_SHAPE[-1])).astype(np.float32),
+        rng.integers(-8, 9, CLASSES).astype(np.float32),
+    )
+    depth, height, width, _ = HEAD_SHAPE
+    yield Change(
+        "head: one BLAS thread for each row at work, and the bias as one more feature",
+        "2 times faster",
+        lambda: _labels(features, head),
+        lambda: label_slabs([(0, features)], head, CLASSES, (None,) * 3, (depth, height, width), cpu_cores()),
+    )
+
+
+def _labels(features: NDArray[np.float32], head: Head) -> Labels:
+    weight = np.ascontiguousarray(head.weight.T)
+
+    def row(plane: NDArray[np.float32]) -> Labels:
+        flat = plane.reshape(-1, plane.shape[-1])
+        blocks = [flat[start : start + BLOCK] @ weight + head.bias for start in range(0, len(flat), BLOCK)]
+        labels: Labels = np.concatenate([block.argmax(axis=1) for block in blocks]).astype(np.uint8)
+        return labels.reshape(plane.shape[:-1])
+
+    with ThreadPoolExecutor(cpu_cores()) as pool:
+        return np.stack(list(pool.map(row, features)))
+
+
+def _int8() -> Iterator[Change]:
+    bundle = open_bundle(BUILT_IN)
+    tile = (1, 1, *bundle.manifest.network.patch)
+    batch = np.random.default_rng(2).normal(size=tile).astype(np.float32)
+    model = ov.Core().read_model(bundle.graph("int8"))
+    model.reshape(list(tile))
+    put_channels_last(model)
+    request = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    engine = OpenVINOEngine(EngineOptions("openvino", "int8", "CPU"), tile)
+    engine.build(bundle.graph("int8"), keep=False)
+    yield Change(
+        "infer, OpenVINO int8: features in half precision and not copied, convolutions added up in place",
+        "1.3 times faster",
+        lambda: np.moveaxis(request.infer({0: batch})[0], -1, 1).copy(),
+        lambda: engine.infer(batch).astype(np.float32),
+        tolerance=2e-2,  # rounding to int8 falls otherwise where sums differ in their last digit
     )
 
 
@@ -162,20 +222,21 @@ def measured(shared: Path, rounds: int = ROUNDS) -> str:
                 start = time.perf_counter()
                 results.append(step())
                 seconds[now].append(time.perf_counter() - start)
-        _same(*results[-2:])
+        _same(*results[-2:], change.tolerance)
         before, after = median(seconds[False]), median(seconds[True])
         effect = f"{1000 * before:.1f} to {1000 * after:.1f} ms, {before / after:.1f} times faster"
         rows.append((change.name, change.predicted, effect))
     return table(("change", "predicted", "measured"), rows)
 
 
-def _same(before: Any, after: Any) -> None:
+def _same(before: Any, after: Any, tolerance: float) -> None:
     if isinstance(before, dict):
         assert before.keys() == after.keys()
         assert all(after[index] <= before[index] for index in before)
         return
     for one, two in zip(before, after, strict=True):
-        np.testing.assert_allclose(one, two, rtol=2e-7, atol=1e-10)
+        difference = np.sqrt(np.square(np.subtract(one, two, dtype=np.float64)).mean())
+        assert difference <= tolerance * np.sqrt(np.square(one, dtype=np.float64).mean()), difference
 
 
 @click.command()
