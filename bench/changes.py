@@ -222,7 +222,7 @@ def measured(shared: Path, rounds: int = ROUNDS) -> str:
                 start = time.perf_counter()
                 results.append(step())
                 seconds[now].append(time.perf_counter() - start)
-        _same(*results[-2:], change.tolerance)
+        _same(results[-2], results[-1], change.tolerance)
         before, after = median(seconds[False]), median(seconds[True])
         effect = f"{1000 * before:.1f} to {1000 * after:.1f} ms, {before / after:.1f} times faster"
         rows.append((change.name, change.predicted, effect))
