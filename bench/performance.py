@@ -44,7 +44,7 @@ from edgemuse.runtime.scan import scan_stem
 LONG = 150.0
 """Seconds; what takes longer runs once."""
 SMALL_RAM = "2.1"
-"""GiB, for `fast` in int8 on a machine with little memory: just more than the plan for patches."""
+"""GiB, for `fast` in int8 on a machine with little memory: less than is planned for one pass."""
 NNUNET = """
 import sys, numpy as np
 from pathlib import Path
@@ -278,7 +278,7 @@ def quick(case: Case, every: Iterable[System]) -> tuple[Case, list[System]]:
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for models, labels and engines.  [default: in "
               "the user's cache]")  # fmt: skip
 def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: Path | None, work: Path | None) -> None:
-    """Measure all systems; about 25 minutes on two idle cores, half of it nnU-Net. Interrupted, it goes on."""
+    """Measure all systems; 45 minutes or more on two idle cores, half of it nnU-Net. Interrupted, it goes on."""
     progress = partial(click.echo, err=True)
     folder = work or Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "performance"
     rows = RowCache(output.with_suffix(".jsonl"), context(), progress)
