@@ -104,7 +104,7 @@ def run(
 
     \b
     Systems:
-      edgemuse/BACKEND/PRECISION/PROFILE   edgemuse segment; profiles that come to the same are run once
+      edgemuse/BACKEND/PRECISION/PROFILE   edgemuse segment
       nnunet/eager[/mirrored]              nnU-Net's own predictor, PyTorch on the CPU
       nnunet/compile, channels-last, bf16  the same, its network run another way
       plain/openvino, plain/onnxruntime    the exported graph with logits out, in a session as it comes

@@ -112,19 +112,19 @@ def context() -> Row:
 def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
     """Every system for `case`, the one that the others are compared with first.
 
-    Backends that `auto` would not take run once, and not the profile `reference` where it mirrors.
+    Backends that `auto` would not take run once, and not with the profile `reference`.
     """
     found = [setting for setting in settings(bundle) if (setting.backend, setting.precision) != ("onnxruntime", "fp16")]
     preferred = found[0].backend
     ours = []
     for setting in found:
-        if setting.backend != preferred and setting.profiles == ("reference",):
+        if setting.backend != preferred and setting.profile == "reference":
             continue
         options = ("--backend", setting.backend, "--device", setting.device, "--precision", setting.precision)
-        name = f"{' = '.join(setting.profiles)} | {setting.backend} | {setting.precision}"
+        name = f"{setting.profile} | {setting.backend} | {setting.precision}"
         times = repeats if setting.backend == preferred else 0
-        ours.append(System(name, ("--profile", setting.profiles[0], *options), repeats=times))
-        if (setting.precision, setting.profiles, setting.backend) == ("int8", ("fast",), preferred) and not case.truth:
+        ours.append(System(name, ("--profile", setting.profile, *options), repeats=times))
+        if (setting.precision, setting.profile, setting.backend) == ("int8", "fast", preferred) and not case.truth:
             limited = (*ours[-1].arguments, "--max-ram", SMALL_RAM)
             ours.append(System(f"fast, --max-ram {SMALL_RAM} | {setting.backend} | int8", limited, repeats=repeats))
     ours.sort(key=lambda system: not system.name.startswith("reference"))

@@ -57,8 +57,8 @@ def all_systems(model: Bundle | Cascade, with_reference: bool) -> list[System]:
 
 
 def _ours(*bundles: Bundle) -> list[System]:
-    """Every backend, precision and profile; profiles that come to the same for all `bundles` once."""
-    found = dict.fromkeys((s.backend, s.precision, s.profiles[0]) for bundle in bundles for s in settings(bundle))
+    """Every backend, precision and profile."""
+    found = dict.fromkeys((s.backend, s.precision, s.profile) for bundle in bundles for s in settings(bundle))
     return [
         System("edgemuse", options)
         for options in found

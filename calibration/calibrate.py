@@ -155,9 +155,7 @@ def _calibrated(work: Work, chosen: Sequence[Source], held_out: Sequence[Source]
     int8, known = _int8(work, patches, expected)
     graphs = {"int8": int8.graph} | _fp16(work)
     trial = work.trial(graphs)
-    rows = [
-        row for setting in settings(trial) for row in known.get(setting) or evaluate(trial, setting, expected, progress)
-    ]
+    rows = [known.get(setting) or evaluate(trial, setting, expected, progress) for setting in settings(trial)]
     return work.draft(graphs, gate=tuple(rows), calibration=_record(int8, len(patches), chosen, held_out))
 
 
@@ -169,7 +167,7 @@ def _fp16(work: Work) -> dict[str, bytes]:
         return {}
 
 
-def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int8, dict[Setting, list[GateRow]]]:
+def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int8, dict[Setting, GateRow]]:
     """Quantise every convolution; if that does not pass, leave out those that cost most, a few more at each attempt.
 
     Returns the graph, and what was measured of it on the way.
@@ -177,14 +175,14 @@ def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int
     work.progress(f"quantising to int8 with {len(patches)} patches")
     quantised = quantise(work.bundle.graph("fp32"), patches)
     int8 = Int8(quantised.graph(), len(quantised.layers))
-    known: dict[Setting, list[GateRow]] = {}
+    known: dict[Setting, GateRow] = {}
     for attempt in range(1, ATTEMPTS + 2):
         trial = work.trial({"int8": int8.graph})
         setting = _int8_setting(trial)
         if setting is None:
             break
         known[setting] = evaluate(trial, setting, expected, work.progress)
-        if attempt > ATTEMPTS or all(row.passed for row in known[setting]):
+        if attempt > ATTEMPTS or known[setting].passed:
             break
         int8 = _without_worst(quantised, int8, patches, setting, attempt, work.progress)
     return int8, known

@@ -17,7 +17,7 @@ from edgemuse.engines.registry import choose, statuses
 from edgemuse.runtime.bundle import Bundle, GateRow
 from edgemuse.runtime.pipeline import Options, Segmenter
 from edgemuse.runtime.precision import ALWAYS_FP32, stored_precision
-from edgemuse.runtime.profiles import PROFILES, Profile
+from edgemuse.runtime.profiles import PROFILES
 from edgemuse.runtime.types import Labels
 
 Progress = Callable[[str], None]
@@ -25,21 +25,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a bundle, and the names of the profiles that come to the same."""
+    """One way to run a bundle."""
 
     backend: str
     version: str
     device: str
     precision: str
-    profiles: tuple[str, ...]
+    profile: str
 
     @property
     def options(self) -> Options:
         """For a `Segmenter`. Engines are not cached: most are used this once."""
-        return Options(self.profiles[0], EngineOptions(self.backend, self.precision, self.device))
+        return Options(self.profile, EngineOptions(self.backend, self.precision, self.device))
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.device} {self.precision}, profile {' and '.join(self.profiles)}"
+        return f"{self.backend} {self.device} {self.precision}, profile {self.profile}"
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,16 @@ class Expected:
 def settings(bundle: Bundle) -> Iterator[Setting]:
     """Every backend, device, precision and profile that can run here.
 
-    The profile that promises nnU-Net's labels is fp32 and is measured in fp32 only, unless another does the same work.
+    The profile that promises nnU-Net's labels is fp32 and is measured in fp32 only.
     """
-    mirrors = bool(bundle.manifest.network.mirror_axes)
     for status in statuses():
         for device, precisions in status.devices.items():
             for precision in precisions:
                 if stored_precision(precision) not in bundle.manifest.graphs:
                     continue
-                for names in _alike(mirrors):
-                    if precision == "fp32" or names != (ALWAYS_FP32,):
-                        yield Setting(status.backend.name, status.version, device, precision, names)
-
-
-def _alike(mirrors: bool) -> list[tuple[str, ...]]:
-    """Names of profiles, those together that differ in nothing where the network is not mirrored."""
-    groups: dict[Profile, tuple[str, ...]] = {}
-    for name, profile in PROFILES.items():
-        work = replace(profile, mirror=profile.mirror and mirrors)
-        groups[work] = (*groups.get(work, ()), name)
-    return list(groups.values())
+                for profile in PROFILES:
+                    if precision == "fp32" or profile != ALWAYS_FP32:
+                        yield Setting(status.backend.name, status.version, device, precision, profile)
 
 
 def expect(bundle: Bundle, sources: Sequence[Source], progress: Progress) -> Expected:
@@ -83,13 +73,13 @@ def expect(bundle: Bundle, sources: Sequence[Source], progress: Progress) -> Exp
     labels = bundle.manifest.labels
     truths = tuple(None if source.truth is None else read_truth(source.truth, labels) for source in sources)
     choose(EngineOptions(precision="fp32"))  # raises with every reason where there is none
-    setting = next(s for s in settings(bundle) if s.precision == "fp32" and ALWAYS_FP32 in s.profiles)
+    setting = next(s for s in settings(bundle) if s.precision == "fp32" and s.profile == ALWAYS_FP32)
     references, seconds = _segment(bundle, setting, sources, progress)
     return Expected(setting, tuple(sources), references, seconds, truths)
 
 
-def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Progress) -> list[GateRow]:
-    """Run `setting` on every scan and judge it: a row for each of its profiles."""
+def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Progress) -> GateRow:
+    """Run `setting` on every scan and judge it."""
     found: Measurement | None = None
     seconds: float | None = None
     reasons: tuple[str, ...]
@@ -104,10 +94,10 @@ def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Pro
         cases = [Case(*maps) for maps in zip(expected.references, maps, expected.truths, strict=True)]
         found = measure(cases)
         reasons = failures(found, setting.precision)
-    rows = [_row(bundle, setting, profile, expected, found, seconds, reasons) for profile in setting.profiles]
+    row = _row(bundle, setting, expected, found, seconds, reasons)
     agreement = "" if found is None else f"agreement {found.agreement:.4f}, "
     progress(f"{setting}: {agreement}{'failed: ' + '; '.join(reasons) if reasons else 'passed'}")
-    return rows
+    return row
 
 
 def _segment(
@@ -139,7 +129,6 @@ def quiet() -> Iterator[None]:
 def _row(
     bundle: Bundle,
     setting: Setting,
-    profile: str,
     expected: Expected,
     found: Measurement | None,
     seconds: float | None,
@@ -150,7 +139,7 @@ def _row(
         version=setting.version,
         device=setting.device,
         precision=setting.precision,
-        profile=profile,
+        profile=setting.profile,
         processor=cpu_name(),
         scans=len(expected.sources),
         failures=reasons,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], mea
             progress(f"{setting}: {f'round {number} of {ROUNDS}' if number else 'first run, which compiles'}")
             options = replace(setting.options.engine, cache_dir=default_cache_dir())
             try:
-                taken = measure(bundle, Options(setting.profiles[0], options), scan)
+                taken = measure(bundle, Options(setting.profile, options), scan)
             except (BackendError, MemoryLimitError) as error:
                 progress(f"{setting}: left out: {error}")
                 del seconds[setting]
@@ -101,24 +101,13 @@ def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], mea
                 seconds[setting].append(taken)
     if not seconds:
         raise BackendError(f"{bundle.path}: nothing could be measured; 'edgemuse devices' shows what works here")
-    timings = [timing for setting, all_rounds in seconds.items() for timing in _timings(bundle, setting, all_rounds)]
+    timings = [Timing(s.backend, s.device, s.precision, s.profile, median(taken)) for s, taken in seconds.items()]
     return Tuned(bundle.manifest.name, scan.name, tuple(sorted(timings, key=lambda timing: timing.seconds)))
 
 
 def _candidates(bundle: Bundle) -> list[Setting]:
-    return [setting for setting in settings(bundle) if _allowed(bundle, setting)]
-
-
-def _allowed(bundle: Bundle, setting: Setting) -> Sequence[str]:
-    """The profiles of `setting` for which `auto` may choose it."""
-    return [profile for profile in setting.profiles if may_choose(bundle, profile, setting.options.engine)]
-
-
-def _timings(bundle: Bundle, setting: Setting, seconds: Sequence[float]) -> list[Timing]:
-    return [
-        Timing(setting.backend, setting.device, setting.precision, profile, median(seconds))
-        for profile in _allowed(bundle, setting)
-    ]
+    """What `auto` may choose."""
+    return [s for s in settings(bundle) if may_choose(bundle, s.profile, s.options.engine)]
 
 
 def seconds_of(bundle: Bundle, options: Options, scan: Path) -> float:

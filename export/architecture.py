@@ -130,7 +130,8 @@ def merge_heads(networks: Sequence[nn.Module]) -> Head:
     weights = [head.weight.detach().flatten(1).numpy().astype(np.float64) for head in heads]
     biases = [head.bias.detach().numpy().astype(np.float64) for head in heads]
     weight = np.concatenate(weights, axis=1) / len(heads)
-    return Head(np.ascontiguousarray(weight, np.float32), np.mean(biases, axis=0).astype(np.float32))
+    of_folds = np.asarray(biases, np.float32) if len(heads) > 1 else None
+    return Head(np.ascontiguousarray(weight, np.float32), np.mean(biases, axis=0).astype(np.float32), of_folds)
 
 
 class FeatureEnsemble(nn.Module):  # type: ignore[misc]  # torch is Any to mypy

@@ -43,7 +43,8 @@ def check_output(output: Path) -> None:
 def head_bytes(head: Head) -> bytes:
     """The content of `head.npz`."""
     stream = io.BytesIO()
-    np.savez(stream, weight=head.weight, bias=head.bias)
+    arrays = {name: array for name, array in vars(head).items() if array is not None}
+    np.savez(stream, **arrays)
     return stream.getvalue()
 
 

@@ -190,10 +190,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Head:
-    """The last 1x1x1 convolution: `weight` (C, F) and `bias` (C,), float32."""
+    """The last 1x1x1 convolution: `weight` (C, F) and `bias` (C,), float32.
+
+    Of an ensemble the weights are side by side, divided by the number of folds K, and `bias` is the mean of `fold_bias`
+    (K, C); of one fold that is None.
+    """
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
+    fold_bias: NDArray[np.float32] | None = None
 
 
 class Bundle:
@@ -257,14 +262,17 @@ class Bundle:
             if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(data).infolist()):
                 raise ValueError("its arrays are compressed, so their size is not known")
             with np.load(data, allow_pickle=False) as arrays:
-                head = Head(arrays["weight"], arrays["bias"])
+                head = Head(arrays["weight"], arrays["bias"], arrays.get("fold_bias"))
         except (*READ_ERRORS, TypeError, AttributeError, MemoryError) as error:  # numpy's for what is no .npz
             raise BundleError(f"{self.path}: head.npz cannot be read ({error})") from error
-        wanted = ((network.classes, network.channels_out), (network.classes,))
-        found = (head.weight.shape, head.bias.shape)
-        if found != wanted or {head.weight.dtype, head.bias.dtype} != {np.dtype(np.float32)}:
-            raise BundleError(f"{self.path}: head.npz holds float32 {wanted} by its manifest, found {found}")
-        if not (np.isfinite(head.weight).all() and np.isfinite(head.bias).all()):
+        parts = [head.weight, head.bias, *([] if head.fold_bias is None else [head.fold_bias])]
+        wanted = [(network.classes, network.channels_out), (network.classes,), (len(parts[-1]), network.classes)]
+        found = [part.shape for part in parts]
+        if found != wanted[: len(parts)] or any(part.dtype != np.float32 for part in parts):
+            raise BundleError(f"{self.path}: head.npz holds float32 {wanted[:2]} by its manifest, found {found}")
+        if len(parts) == 3 and (not len(parts[2]) or network.channels_out % len(parts[2])):
+            raise BundleError(f"{self.path}: head.npz has {len(parts[2])} folds of {network.channels_out} features")
+        if not all(np.isfinite(part).all() for part in parts):
             raise BundleError(f"{self.path}: head.npz holds NaN or infinity; export the bundle again")
         return head
 

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head
+from edgemuse.runtime.half_sums import rounded, to_single
 from edgemuse.runtime.resample import AxisMatrices
 from edgemuse.runtime.types import Features, Labels, Shape
 
@@ -60,6 +61,7 @@ def label_slabs(
     matrices: AxisMatrices,
     shape: Shape,
     threads: int = 1,
+    half: bool = False,
 ) -> Labels:
     """Consume merged features and return class numbers of `shape` (d, h, w), the scan's grid inside the crop.
 
@@ -71,6 +73,7 @@ def label_slabs(
         matrices: from the network's grid to `shape`.
         shape: of the result.
         threads: rows that are worked on at once.
+        half: the slabs are finite and in half precision, and what is resampled is rounded to it, as in nnU-Net.
 
     Raises:
         BackendError: a feature is NaN or infinite.
@@ -80,11 +83,14 @@ def label_slabs(
 
     def finish(task: Row) -> None:  # so that only one row a thread exists at the scan's spacing
         row, rows, weights = task
-        single = rows.astype(np.float32, copy=False)
+        single = to_single(rows) if half else rows.astype(np.float32, copy=False)
         mixed = single[0] if weights is None else np.tensordot(weights, single, 1)
         if not np.isfinite(mixed.sum()):
             raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
-        labels[row] = classify(_resample_plane(mixed, *plane), head, classes)
+        resampled = _resample_plane(mixed, *plane)
+        if half and any(matrix is not None for matrix in matrices):
+            resampled = rounded(np.ascontiguousarray(resampled))
+        labels[row] = classify(resampled, head, classes)
 
     # one thread a product: BLAS's own would wait for each other
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:

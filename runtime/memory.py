@@ -74,11 +74,12 @@ def plan_memory(
     mirrored: bool = False,
     tiles: TilePlan | None = None,
     engine: tuple[str, str] = ("openvino", "fp32"),
+    half_sums: int = 0,
 ) -> MemoryPlan:
     """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped.
 
     `graph_bytes`: of the fp32 graph. `tiles` None: patches, with features added up over their overlaps. `engine`:
-    backend and precision.
+    backend and precision. `half_sums`: of how many folds logits are added up in half precision instead.
     """
     patch, single = (network.patch, False) if tiles is None else (tiles.patch, tiles.count == 1)
     turn = reorientation(scan.affine, network.orientation, network.transpose)
@@ -88,7 +89,11 @@ def plan_memory(
     voxels, inner_voxels = math.prod(scan.shape), math.prod(inner)
     tile = math.prod(patch)
     rows = 0 if single else patch[0] * math.prod(padded[1:])
-    carried = 0 if inner[0] == shape[0] else 2 * rows
+    copies = 1 if inner[0] == shape[0] else 3  # what is carried to the next slab, and both together
+    channels, voxel = network.channels_out, 4 * network.channels_out
+    if half_sums:
+        channels, voxel = network.classes, 2 * network.classes
+        copies += half_sums if half_sums > 1 else 0  # each fold's own, and their mean
     returned = 2 if engine == HALF else 8  # the engine's own, and a fresh array
     if mirrored and network.mirror_axes:
         returned += 8  # their mean, and what is added to it
@@ -98,7 +103,7 @@ def plan_memory(
         engine=math.ceil(weights + tile * (activations + returned * network.channels_out)),
         scan=voxels * 11,
         preprocessing=(voxels + inner_voxels) * 4 + _resampling_bytes(shape, inner, turn.spacing(scan.zooms), network),
-        features=4 * network.channels_out * (rows + carried + 4 * math.prod(shape[1:])) + inner_voxels * 8 + voxels * 4,
+        features=voxel * rows * copies + 16 * channels * math.prod(shape[1:]) + inner_voxels * 8 + voxels * 4,
     )
 
 

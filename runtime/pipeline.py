@@ -31,6 +31,7 @@ from edgemuse.engines.registry import open_engine
 from edgemuse.runtime import outputs, picture, quality
 from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation, shape_of, voxel_mm3
+from edgemuse.runtime.half_sums import HalfSums
 from edgemuse.runtime.head import class_dtype, label_slabs
 from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
@@ -230,7 +231,9 @@ class Segmenter:
         """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
         engine = (self.options.engine.backend, self.options.engine.precision)
-        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles, engine)
+        folds = 1 if self.head is None or self.head.fold_bias is None else len(self.head.fold_bias)
+        sums = folds if self.profile.half_sums else 0
+        return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles, engine, sums)
 
     def _tiles(self, scan: Scan, shape: Shape, held: int) -> tuple[TilePlan, MemoryPlan]:
         """The tiles for an image of `shape`, and the memory they take: patches, or the largest tiles that fit."""
@@ -279,12 +282,16 @@ class Segmenter:
     def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
-        slabs = merge_tiles(prepared.image, plan, infer, lambda: progress(next(done), plan.count), threads=self.threads)
-        network = self.network
+        half, network = self.profile.half_sums, self.network
+        new_sums = partial(HalfSums, head=self.head) if half else None
+        slabs = merge_tiles(
+            prepared.image, plan, infer, lambda: progress(next(done), plan.count), self.threads, new_sums
+        )
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
-        return label_slabs(slabs, self.head, network.classes, matrices, prepared.box_shape, self.threads)
+        head = None if half else self.head
+        return label_slabs(slabs, head, network.classes, matrices, prepared.box_shape, self.threads, half)
 
     def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
         features = engine.infer(tile[None, None])

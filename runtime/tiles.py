@@ -115,13 +115,73 @@ def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
     return averaged
 
 
+class Sums:
+    """Weighted features of overlapping tiles, added up row by row along depth, in `dtype`.
+
+    Args:
+        size: (d, h, w) of the sum.
+        window: (d, h, w) weights of a tile.
+        pool: where rows are added up at once.
+    """
+
+    def __init__(self, size: Shape, window: NDArray[np.float32], pool: Executor, dtype: DTypeLike = np.float32) -> None:
+        self.weights: Features = np.zeros(size, dtype)
+        self.total: Features | None = None  # until it is known how many features there are
+        self.window, self.pool = window, pool
+
+    def channels(self, features: Features) -> int:
+        """How many numbers are added up at each voxel."""
+        return int(features.shape[-1])
+
+    def add(self, features: Features, corner: tuple[int, int]) -> None:
+        """Add the features (d, h, w, F) of a tile that begins at `corner` (h, w)."""
+        if self.total is None:
+            self.total = np.zeros((*self.weights.shape, self.channels(features)), self.weights.dtype)
+        total, window = self.total, self.window
+        rows, columns = (slice(first, first + size) for first, size in zip(corner, window.shape[1:], strict=True))
+
+        def add(depth: int) -> None:  # so that a product stays in the processor's cache
+            self.add_row(total[depth, rows, columns], features[depth], window[depth])
+
+        list(self.pool.map(add, range(len(window))))
+        self.weights[:, rows, columns] += window
+
+    def add_row(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
+        """Add `features` (h, w, F), weighted by `weights` (h, w), to `total`."""
+        total += features * weights[..., None].astype(total.dtype, copy=False)
+
+    def divided(self, rows: int) -> Features:
+        """The weighted mean (rows, h, w, F) at the front, divided in place."""
+        assert self.total is not None
+        slab = self.total[:rows]
+        list(self.pool.map(self.divide_row, slab, self.weights[:rows]))
+        return slab
+
+    def divide_row(self, total: Features, weights: Features) -> None:
+        """Divide `total` (h, w, F) by `weights` (h, w)."""
+        total /= weights[..., None]
+
+    def advance(self, done: int) -> None:
+        """Drop the first `done` rows, move the others up and clear what is left behind them."""
+        assert self.total is not None
+        for sums in (self.total, self.weights):
+            kept = len(sums) - done
+            for row in range(kept):  # row by row, because numpy copies overlapping arrays through a temporary one
+                sums[row] = sums[row + done]
+            sums[kept:] = 0
+
+
+NewSums = Callable[[Shape, NDArray[np.float32], Executor], Sums]
+"""As `Sums` is made."""
+
+
 def merge_tiles(
     image: Image,
     plan: TilePlan,
     infer: Infer,
     progress: Callable[[], None] = lambda: None,
-    dtype: DTypeLike = np.float32,
     threads: int = 1,
+    new_sums: NewSums | None = None,
 ) -> Iterator[tuple[int, Features]]:
     """Run every tile and yield the weighted mean of their features, (n, h, w, F), slab after slab along depth.
 
@@ -130,14 +190,14 @@ def merge_tiles(
         plan: where the tiles lie.
         infer: one tile's features, in single or half precision.
         progress: called after each tile.
-        dtype: of the sum. A single tile is not added up and stays as it is.
         threads: rows that are added up at once.
+        new_sums: makes what tiles are added up in; None: sums in float32, and a single tile stays as it is.
 
     Yields:
         The depth at which a slab starts, and the slab: a view that is valid until the next one is asked for.
     """
     # before the large arrays, because what is kept behind them in the heap keeps their memory
-    window = gaussian_window(plan.patch) if plan.count > 1 else None
+    window = gaussian_window(plan.patch) if new_sums or plan.count > 1 else None
     padded = np.pad(image, plan.pad)
     (top, _), (left, _), (near, _) = plan.pad
     _, height, width = plan.shape
@@ -147,53 +207,22 @@ def merge_tiles(
         yield 0, features[top : top + plan.shape[0], left : left + height, near : near + width]
         return
     depth = plan.patch[0]
-    weights = np.zeros((depth, *padded.shape[1:]), dtype)
-    total: Features | None = None
     with ThreadPoolExecutor(threads) as pool:
+        sums = (new_sums or Sums)((depth, *padded.shape[1:]), window, pool)
         for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
             for row, column in itertools.product(*plan.starts[1:]):
-                features = infer(cut(padded, (start, row, column), plan.patch))
+                sums.add(infer(cut(padded, (start, row, column), plan.patch)), (row, column))
                 progress()
-                if total is None:
-                    total = np.zeros((*weights.shape, features.shape[-1]), dtype)
-                _add(total, weights, features, window, (row, column), pool)
-            assert total is not None
             done = min(following - start, depth)
-            total[:done] /= weights[:done, ..., None]
+            slab = sums.divided(done)
             first, last = max(start, top), min(start + done, top + plan.shape[0])
             if first < last:
                 rows = slice(first - start, last - start)
-                yield first - top, total[rows, left : left + height, near : near + width]
-            _advance(total, done)
-            _advance(weights, done)
+                yield first - top, slab[rows, left : left + height, near : near + width]
+            sums.advance(done)
 
 
 def cut(padded: Image, corner: Sequence[int], patch: Shape) -> NDArray[np.float32]:
     """The tile of shape `patch` that begins at `corner`."""
     box = tuple(slice(first, first + size) for first, size in zip(corner, patch, strict=True))
     return np.ascontiguousarray(padded[box])
-
-
-def _add(
-    total: Features,
-    weights: Features,
-    features: Features,
-    window: NDArray[np.float32],
-    corner: tuple[int, int],
-    pool: Executor,
-) -> None:
-    rows, columns = (slice(first, first + size) for first, size in zip(corner, window.shape[1:], strict=True))
-
-    def add(depth: int) -> None:  # so that a product stays in the processor's cache
-        total[depth, rows, columns] += features[depth] * window[depth, ..., None].astype(total.dtype, copy=False)
-
-    list(pool.map(add, range(len(total))))
-    weights[:, rows, columns] += window
-
-
-def _advance(sums: Features, done: int) -> None:
-    """Drop the first `done` rows, move the others up and clear what is left behind them."""
-    kept = len(sums) - done
-    for row in range(kept):  # row by row, because numpy copies overlapping arrays through a temporary one
-        sums[row] = sums[row + done]
-    sums[kept:] = 0

@@ -16,6 +16,8 @@ Labels: TypeAlias = NDArray[np.unsignedinteger]
 """(i, j, k) or (d, h, w) class or label numbers."""
 Features: TypeAlias = NDArray[np.floating]
 """(d, h, w, F): what the network gives before its head, or logits where the head is not deferred."""
+Half: TypeAlias = NDArray[np.float16]
+"""Numbers in half precision."""
 Shape: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 """Millimetres between voxel centres, one per axis of the array it belongs to."""

@@ -118,7 +118,9 @@ def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Be
 
 def test_the_page_has_a_row_for_every_system(bench: Bench) -> None:
     bench.run_all()
-    page = report({"tiny": summarise(bench)}, ["a: why"], {"fp32": 1e11, "int8": 4e11}, "| a change |", CONTEXT)
+    page = report(
+        {"tiny": summarise(bench)}, ["a: why"], {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, "| a change |", CONTEXT
+    )
     for system in bench.systems:
         assert page.count(f"| {system.name} |") == 3  # time, stages, share of the peak
     row = next(line for line in page.splitlines() if line.startswith(f"| {bench.systems[1].name} |"))

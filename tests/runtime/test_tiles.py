@@ -1,13 +1,14 @@
 """The sliding window: nnU-Net's grid and window, and what merging must keep whatever the network returns."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemuse.runtime.tiles import gaussian_window, largest_tiles, merge_tiles, mirrored, plan_tiles, tile_starts
+from edgemuse.runtime.tiles import Sums, gaussian_window, largest_tiles, merge_tiles, mirrored, plan_tiles, tile_starts
 
 SIZES = st.tuples(*[st.integers(1, 21)] * 3)
 PATCHES = st.tuples(*[st.sampled_from([2, 3, 5, 8])] * 3)
@@ -16,7 +17,8 @@ STEPS = st.sampled_from([0.25, 0.5, 0.7, 1.0])
 
 def merged(image, patch, step, infer, dtype=np.float32, threads=1):
     plan = plan_tiles(image.shape, patch, step)
-    slabs = [(start, slab.copy()) for start, slab in merge_tiles(image, plan, infer, dtype=dtype, threads=threads)]
+    sums = partial(Sums, dtype=dtype)
+    slabs = [(start, slab.copy()) for start, slab in merge_tiles(image, plan, infer, threads=threads, new_sums=sums)]
     depths = [len(slab) for _, slab in slabs]
     assert [start for start, _ in slabs] == list(itertools.accumulate([0, *depths[:-1]]))
     return np.concatenate([slab for _, slab in slabs])
