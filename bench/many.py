@@ -28,6 +28,7 @@ import psutil
 
 from edgemuse.bench import scans
 from edgemuse.bench.process import resident
+from edgemuse.bench.rows import commit
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.builtin import BUILT_IN
 
@@ -109,6 +110,7 @@ class Bench:
     data: Path
     model: Path
     profile: str
+    precision: str
     work: Path
 
     def run(self, out: Path, processes: int, kill_after: int | None = None, cluster: Cluster | None = None) -> Ran:
@@ -132,7 +134,7 @@ class Bench:
     @contextmanager
     def _started(self, out: Path, count: int, scheduler: str | None) -> Iterator[list[subprocess.Popen[bytes]]]:
         command = [sys.executable, "-m", "edgemuse.runtime.cli", "bids", str(self.data), str(out), "participant"]
-        command += ["-m", str(self.model), "--profile", self.profile, "--threads"]
+        command += ["-m", str(self.model), "--profile", self.profile, "--precision", self.precision, "--threads"]
         command += [str(max(cpu_cores() // (WORKERS if scheduler else count), 1))]
         command += ["--scheduler", scheduler] if scheduler else []
         environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(self.work / "cache")}
@@ -278,17 +280,18 @@ def measure(bench: Bench, good: int, damaged: list[Path]) -> Iterator[Row]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
 @click.option("-m", "--model", type=click.Path(path_type=Path, exists=True), default=BUILT_IN, help="Bundle.")
 @click.option("--profile", default="balanced", show_default=True)
-def main(shared: Path, output: Path, model: Path, profile: str) -> None:
+@click.option("--precision", default="fp32", show_default=True, help="int8 depends on the number of threads a little.")
+def main(shared: Path, output: Path, model: Path, profile: str, precision: str) -> None:
     """Measure runs over many scans; exit code 1 if results differ, a failure is not reported or something is lost."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         good, damaged = make_dataset(shared, work / "data")
         click.echo(f"{good} scans and {len(damaged)} damaged files", err=True)
         rows = []
-        for row in measure(Bench(work / "data", model, profile, work), good, damaged):
+        for row in measure(Bench(work / "data", model, profile, precision, work), good, damaged):
             click.echo(f"{row.name}: {row.ran.seconds:.1f} s, {'; '.join(row.wrong) or 'right'}", err=True)
             rows.append(row)
-    output.write_text(report(rows, good, len(damaged), f"{model.stem}, `{profile}`"), encoding="utf-8")
+    output.write_text(report(rows, good, len(damaged), f"{model.stem}, `{profile}`, {precision}"), encoding="utf-8")
     click.echo(output.read_text(encoding="utf-8"))
     raise SystemExit(1 if any(row.wrong for row in rows) else 0)
 
@@ -296,7 +299,11 @@ def main(shared: Path, output: Path, model: Path, profile: str) -> None:
 def report(rows: list[Row], good: int, damaged: int, what: str) -> str:
     """The table, and what it says."""
     lines = [
-        "<!-- Written by: python -m edgemuse.bench.many -->",
+        "<!-- Written by: python -m edgemuse.bench.many SHARED -o docs/many.md -->",
+        "# Many scans",
+        "",
+        "A BIDS dataset made of three T1 scans in several orientations and spacings, segmented with `edgemuse bids`.",
+        "",
         f"| {good} scans and {damaged} damaged files | scans segmented | wall time | scans an hour | memory of a "
         "process, highest in each third of the run | results |",
         "|---|---|---|---|---|---|",
@@ -312,7 +319,8 @@ def report(rows: list[Row], good: int, damaged: int, what: str) -> str:
             "",
             "Right: the same bytes in every label map and table as from one process, the damaged files reported and "
             "the exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of two processes the "
-            f"other does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by processes that run together.",
+            f"other does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by processes that run together; "
+            f"commit {commit()}.",
             "",
         ]
     )

@@ -32,6 +32,7 @@ from edgemuse.bench.performance_report import BY_HAND, report
 from edgemuse.bench.process import ProcessFailure, measure
 from edgemuse.bench.roofline import operations, peaks
 from edgemuse.bench.rows import Row, append, commit, rewrite, whole_lines
+from edgemuse.calibration import gate
 from edgemuse.calibration.evaluate import settings
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.agreement import dice, mean_dice
@@ -226,14 +227,31 @@ class Bench:
         """Mean Dice with the first system's labels, and with the truth over the structures in it."""
         found = self.labels(system, scan)
         scores = {"agreement": mean_dice(found, self.labels(self.systems[0], scan))}
-        if scan != self.case.timed or self.case.truth is None:
+        truth = self.truth(scan)
+        if truth is None:
             return scores
-        truth = scans.labels_of(self.case.truth)
-        truth[~np.isin(truth, [label.index for label in self.bundle.manifest.labels])] = 0
         each = dice(truth, found.astype(truth.dtype))
         return scores | {
             "dice": float(np.mean([each[structure] for structure in np.unique(truth[truth > 0]).tolist()]))
         }
+
+    def truth(self, scan: Path) -> Any:
+        """(i, j, k) label numbers that the model knows, or None."""
+        if scan != self.case.timed or self.case.truth is None:
+            return None
+        truth = scans.labels_of(self.case.truth)
+        truth[~np.isin(truth, [label.index for label in self.bundle.manifest.labels])] = 0
+        return truth
+
+    def verdict(self, system: System, precision: str) -> str:
+        """What the accuracy gate says of `system` on all scans; nothing where no truth is known."""
+        if self.case.truth is None:
+            return ""
+        found = [
+            gate.Case(self.labels(self.systems[0], scan), self.labels(system, scan), self.truth(scan))
+            for scan in (self.case.timed, *self.case.others)
+        ]
+        return "; ".join(gate.failures(gate.measure(found), precision)) or "passed"
 
 
 def summarise(bench: Bench) -> list[Row]:
@@ -257,6 +275,7 @@ def summarise(bench: Bench) -> list[Row]:
                 "agreement": float(np.mean([row["agreement"] for row in {row["scan"]: row for row in runs}.values()])),
                 "stages": stages,
                 "nnunet": system.nnunet,
+                "gate": "" if system.nnunet else bench.verdict(system, warm[-1]["precision"]),
             }
         )
     return summaries

@@ -14,7 +14,8 @@ Every run is a process of its own, from its start to its files on disk. *Time*: 
 compiled engine, in turn with all other systems; *cold*: the first run, which compiles it. *Ratio*: nnU-Net's
 predictor in the same session over this. *Peak*: highest resident memory. *Agreement*: mean Dice with the labels of
 `reference` in fp32, over all scans; with random weights logits are nearly tied, so there it says little. *Dice*: mean
-over the structures of the scan with known labels. Islands are kept, as nnU-Net keeps them. A system that takes
+over the structures of the scan with known labels. *Gate*: what the accuracy gate of `edgemuse calibrate` says, on all
+scans and that truth. Islands are kept, as nnU-Net keeps them. A system that takes
 minutes, or a backend that `auto` would not take, runs once, cold. Trained networks whose bundle stores no int8 are
 quantised on the sample scan that comes with edgemuse. With random weights every structure is also scattered over the
 whole volume, so that *quality*, which looks for the components of each, takes longer than with a trained network.
@@ -77,8 +78,8 @@ def _overview(rows: Sequence[Row]) -> str:
         cold = "" if row["cold"] is None else f"{row['cold']:.1f} s"
         cells = [row["system"], f"{row['seconds']:.1f} s", str(row["runs"]), cold, *ratios]
         cells += [f"{row['peak'] / 1e9:.2f} GB", f"{row['agreement']:.4f}"]
-        lines.append([*cells, f"{row['dice']:.4f}"] if truth else cells)
-    return table((*header, "Dice") if truth else header, lines)
+        lines.append([*cells, f"{row['dice']:.4f}", row["gate"]] if truth else cells)
+    return table((*header, "Dice", "gate") if truth else header, lines)
 
 
 def _stages(rows: Sequence[Row]) -> str:

@@ -98,8 +98,9 @@ ENGINE_OPTIONS = (
         type=click.Choice(["reference", "balanced", "fast"]),
         default="reference",
         show_default=True,
-        help="reference: label for label what nnU-Net gives. balanced: the same without mirroring, up to 8 times "
-        "faster where the network was trained with it. fast: also with tiles as large as memory allows, at best the "
+        help="reference: label for label what nnU-Net gives, its rounding to half precision included. balanced: "
+        "without mirroring, up to 8 times faster where the network was trained with it; rounds less and takes less "
+        "memory. fast: also with tiles as large as memory allows, at best the "
         "whole brain at once.",
     ),
     click.option(
@@ -124,7 +125,10 @@ ENGINE_OPTIONS = (
         help="Device of the backend, such as CPU or GPU; 'devices' lists them. auto: the backend's first.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), help="Processor cores to use.  [default: the backend's choice]"
+        "--threads",
+        type=click.IntRange(min=1),
+        help="Processor cores to use. In int8 a label in a thousand or so depends on their number.  [default: the "
+        "backend's choice]",
     ),
     click.option(
         "--max-ram",

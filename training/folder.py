@@ -1,4 +1,7 @@
-"""The network, and its nnU-Net v2 model folder, which `nnUNetPredictor` and `edgemuse export` read."""
+"""The network, and its nnU-Net v2 model folder, which `nnUNetPredictor` and `edgemuse export` read.
+
+`python -m edgemuse.training.folder -o FOLDER` makes that of the built-in model again from its bundle.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import open_bundle
 from edgemuse.runtime.types import Shape
 from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
@@ -172,3 +177,16 @@ def _plans(features: tuple[int, ...], patch: Shape) -> dict[str, Any]:
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {"0": intensities | {"std": 0.2}},
     }
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--bundle", type=click.Path(path_type=Path, exists=True), default=BUILT_IN, help="Another one like it.")
+def main(output: Path, bundle: Path) -> None:
+    """Write the model folder of the built-in model, as nnU-Net's own predictor reads it."""
+    write_folder(output, bundle_weights(bundle, build_network(FEATURES).state_dict()), FEATURES, PATCH)
+    click.echo(output)
+
+
+if __name__ == "__main__":
+    main()

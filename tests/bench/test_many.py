@@ -32,7 +32,7 @@ def test_dataset(shared: Path, tmp_path: Path) -> None:
 def test_a_run_is_judged(shared: Path, tmp_path: Path) -> None:
     good, damaged = make_dataset(shared, tmp_path / "data")
     (tmp_path / "work").mkdir()
-    bench = Bench(tmp_path / "data", tiny_bundle(tmp_path / "b"), "balanced", tmp_path / "work")
+    bench = Bench(tmp_path / "data", tiny_bundle(tmp_path / "b"), "balanced", "fp32", tmp_path / "work")
     out = tmp_path / "out"
     ran = bench.run(out, 1)
     expected = results(out)

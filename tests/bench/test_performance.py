@@ -114,6 +114,12 @@ def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Be
     others = [n for n in np.unique(labels[1:]) if n not in (0, labels.max())]
     expected = [2 * (labels[1:] == n).sum() / ((labels[1:] == n).sum() + (labels == n).sum()) for n in others]
     assert dice == pytest.approx(np.mean(expected))
+    assert scored.verdict(system, "fp32") == "passed"
+    moved = scored.labels_path(scored.systems[1], known.timed)
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    write_scan(moved, np.roll(labels, 1, axis=0).astype(np.int16))
+    assert scored.verdict(scored.systems[1], "int8").startswith("agreement 0.")
+    assert bench.verdict(system, "fp32") == ""  # without a truth
 
 
 def test_the_page_has_a_row_for_every_system(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -120,6 +121,22 @@ def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
     bundle = open_bundle(export_model(tmp_path / "model", tmp_path / "small.bundle", options))
     assert [label.index for label in bundle.manifest.labels] == list(INDICES)
     assert bundle.manifest.network.spacing == (1.5, 1.5, 1.5)
+
+
+def test_the_built_in_models_folder_is_made_again(tmp_path):
+    from click.testing import CliRunner
+
+    from edgemuse.runtime.builtin import BUILT_IN
+    from edgemuse.runtime.bundle import open_bundle
+
+    ran = CliRunner().invoke(folder.main, ["-o", str(tmp_path / "model")])
+    assert ran.exit_code == 0, ran.output
+    weights, head = read_checkpoint(tmp_path / "model" / folder.CHECKPOINT, "0").weights, open_bundle(BUILT_IN).head()
+    last = max(name for name in weights if name.startswith(folder.SUPERVISION) and name.endswith("weight"))
+    np.testing.assert_array_equal(weights[last].flatten(1), head.weight)
+    assert json.loads((tmp_path / "model" / "plans.json").read_text())["configurations"]["3d_fullres"][
+        "patch_size"
+    ] == [*open_bundle(BUILT_IN).manifest.network.patch]
 
 
 def test_a_run_may_start_from_a_bundle(small, tmp_path):
