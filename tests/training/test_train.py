@@ -131,7 +131,8 @@ def test_the_built_in_models_folder_is_made_again(tmp_path):
 
     ran = CliRunner().invoke(folder.main, ["-o", str(tmp_path / "model")])
     assert ran.exit_code == 0, ran.output
-    weights, head = read_checkpoint(tmp_path / "model" / folder.CHECKPOINT, "0").weights, open_bundle(BUILT_IN).head()
+    weights = read_checkpoint(tmp_path / "model" / folder.CHECKPOINT, "0").weights
+    head = open_bundle(BUILT_IN).head()
     last = max(name for name in weights if name.startswith(folder.SUPERVISION) and name.endswith("weight"))
     np.testing.assert_array_equal(weights[last].flatten(1), head.weight)
     assert json.loads((tmp_path / "model" / "plans.json").read_text())["configurations"]["3d_fullres"][
