@@ -30,6 +30,7 @@ import torch
 from edgemuse.bench import scans
 from edgemuse.bench.models import random_dlmuse, random_model, save_fold
 from edgemuse.bench.process import Run, measure
+from edgemuse.bench.rows import commit
 from edgemuse.bench.uncalibrated import to_int8
 from edgemuse.calibration.calibrate import Work
 from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
@@ -194,7 +195,7 @@ def report(
         f"of 1 mm, of which the mask takes {first['mask_voxels'] / 1e6:.2f} million and the crop is "
         f"{' x '.join(map(str, first['crop']))}. {cpu_name()}, {cpu_cores()} cores, "
         f"{', '.join(f'{name} {version(name)}' for name in ('openvino', 'torch', 'nnunetv2'))}. Medians of whole "
-        "processes; the int8 graphs are not calibrated, which their speed does not depend on.",
+        f"processes; the int8 graphs are not calibrated, which their speed does not depend on. Commit {commit()}.",
         "",
         f"| | {' | '.join(titles)} |{' nnU-Net, no mirroring |' if theirs else ''}",
         f"|---|{'---|' * (len(titles) + bool(theirs))}",
