@@ -25,6 +25,7 @@ DOWN, UP = np.float32(2.0**-112), np.float32(2.0**112)
 bits are the upper bits of the float32, for subnormal numbers as well."""
 DROPPED = 13
 """Bits of the mantissa that float32 has and half precision has not."""
+TOO_LARGE = "the network's logits are too large for nnU-Net's sums in half precision; use --profile balanced"
 BLOCK = 1 << 18
 """Logits worked on at once: few enough for the caches, and so many that threads do not wait for the interpreter."""
 
@@ -140,7 +141,10 @@ class HalfSums(Sums):
             part = total[first : first + rows]
             quotient = to_single(part)
             quotient /= to_single(weights[first : first + rows])[..., None]
-            to_half(quotient, part)
+            try:
+                to_half(quotient, part)
+            except OverflowError:
+                raise BackendError(TOO_LARGE) from None
 
     def divided(self, rows: int) -> Features:
         """The mean logits (rows, h, w, C) of all folds at the front."""
@@ -149,13 +153,16 @@ class HalfSums(Sums):
             return slab
         first, *others = np.moveaxis(slab.reshape(*slab.shape[:-1], self.folds, -1), -2, 0)
         mean: Half = first.copy()
-        for other in others:
-            mean += other
+        with np.errstate(over="ignore"):  # what follows looks for infinity
+            for other in others:
+                mean += other
         mean /= np.float16(self.folds)
+        if not np.isfinite(mean).all():
+            raise BackendError(TOO_LARGE)
         return mean
 
 
 def _reason(features: Features) -> str:
     if np.isfinite(features).all():
-        return "the network's logits are too large for nnU-Net's sums in half precision; use --profile balanced"
+        return TOO_LARGE
     return "the network returned NaN or infinity; try --precision fp32 or another --backend"

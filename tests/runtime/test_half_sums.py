@@ -159,3 +159,18 @@ def test_logits_that_cannot_be_added_up_are_refused(value, reason):
         sums = HalfSums((2, 2, 2), gaussian_window((2, 2, 2)), pool)
         with pytest.raises(BackendError, match=reason):
             sums.add(np.full((2, 2, 2, 3), value, np.float32), (0, 0))
+
+
+def test_means_that_cannot_be_held_are_refused():
+    """Of a weight below 1, and of folds."""
+    with ThreadPoolExecutor(1) as pool:
+        sums = HalfSums((2, 2, 2), np.full((2, 2, 2), 0.25, np.float32), pool)
+        sums.add(np.full((2, 2, 2, 3), 60000, np.float32), (0, 0))
+        sums.weights /= 2
+        with pytest.raises(BackendError, match="too large"):
+            sums.divided(1)
+        head = Head(np.ones((3, 2), "f4") / 2, np.zeros(3, "f4"), np.zeros((2, 3), "f4"))
+        sums = HalfSums((2, 2, 2), np.ones((2, 2, 2), np.float32), pool, head)
+        sums.add(np.full((2, 2, 2, 2), 60000, np.float32), (0, 0))
+        with pytest.raises(BackendError, match="too large"):
+            sums.divided(1)
