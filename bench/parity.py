@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgemuse.bench import models, scans
 from edgemuse.bench.reference import Reference
+from edgemuse.bench.rows import commit
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.exporter import ExportOptions, export_model
@@ -198,7 +199,7 @@ half-precision rounding now and then.
 def _report(results: list[Result]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("nnunetv2", "openvino", "numpy"))
     machine = f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {versions}"
-    return f"{INTRODUCTION}{table(results)}\n\n{machine}\n"
+    return f"{INTRODUCTION}{table(results)}\n\n{machine}; commit {commit()}\n"
 
 
 if __name__ == "__main__":
