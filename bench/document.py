@@ -92,8 +92,7 @@ PARTS = {
     ),
     "built-in": Part(
         "The built-in model",
-        "33 classes at 1.5 mm, on the scan with a truth. There is no nnU-Net folder of it, so the baseline is "
-        "`reference` in fp32.",
+        "33 classes at 1.5 mm, on the scan with a truth. The baseline is `reference` in fp32.",
         _built_in,
         ("edgemuse/openvino", "plain/openvino"),
         2,
@@ -106,7 +105,7 @@ PARTS = {
         "DLMUSE's plans and 152 classes with random weights: upstream's may not be passed on. One T1 of 163 x 214 x "
         "155 voxels of 1 mm. Time and memory are those of the real one; Dice says only how alike the numbers are.",
         _dlmuse,
-        ("nnunet/eager", "edgemuse/openvino", "plain/openvino"),
+        ("nnunet/eager", "edgemuse/openvino"),
         1,
         ("stages",),
     ),
