@@ -66,7 +66,7 @@ def _gate_table(rows: Sequence[GateRow]) -> list[str]:
     """The accuracy gate, a line a measurement; agreement is Dice with fp32 `reference`, Dice is against the truth."""
     if not rows:
         return ["accuracy gate: not measured, so auto is fp32; 'edgemuse calibrate' adds int8 and fp16"]
-    cells = [GATE_HEADER, *(_gate_cells(row) for row in rows)]
+    cells = [GATE_HEADER, *(gate_cells(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(GATE_HEADER))]
     lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     return ["accuracy gate", *(line.rstrip() for line in lines)]
@@ -87,7 +87,8 @@ def tuned_lines(tuned: Tuned | None) -> list[str]:
     ]
 
 
-def _gate_cells(row: GateRow) -> tuple[str, ...]:
+def gate_cells(row: GateRow) -> tuple[str, ...]:
+    """A row of the accuracy gate's table, under `GATE_HEADER`."""
     drop = "-" if row.drop is None else f"{row.drop:.3f} {row.worst}"
     figures = (_figure(value, 4) for value in (row.agreement, row.dice, row.reference_dice))
     outcome = "passed" if row.passed else f"failed: {'; '.join(row.failures)}"
