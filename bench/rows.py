@@ -45,12 +45,17 @@ def _versions() -> Iterable[tuple[str, str]]:
 
 
 def commit() -> str:
-    """Of the checkout that runs, with `-dirty` if it was changed since; else edgemuse's version."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Of the checkout that runs, with `-dirty` if anything but `docs/` was changed since; else edgemuse's version."""
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)docs")
     except (OSError, subprocess.CalledProcessError):
         return version("edgemuse")
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
