@@ -29,6 +29,7 @@ import torch
 
 from edgemuse.bench import scans
 from edgemuse.bench.models import random_dlmuse, random_model, save_fold
+from edgemuse.bench.performance import SMALL_RAM
 from edgemuse.bench.process import Run, measure
 from edgemuse.bench.rows import commit
 from edgemuse.bench.uncalibrated import to_int8
@@ -56,7 +57,6 @@ LEAST = 0.1
 GOAL_SECONDS, GOAL_BYTES = 8.0, 2e9
 Setting: TypeAlias = tuple[str, str, str]
 """Profile, precision and `--max-ram` in GiB, or nothing."""
-SMALL_RAM = "2.1"
 SETTINGS: tuple[Setting, ...] = (
     ("reference", "fp32", ""),
     ("balanced", "int8", ""),

@@ -65,9 +65,9 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the agreement asked for is reached, half precision explains the rest, and `balanced` is no worse."""
+        """Whether nnU-Net, and for `balanced` the judge, agree as is asked, and half precision explains the rest."""
         same = self.agreement >= self.required and self.dice >= DICE_REQUIRED and self.explained == 1.0
-        return same and (self.balanced_exact is None or self.balanced_exact >= self.nnunet_exact)
+        return same and (self.balanced_exact is None or self.balanced_exact >= max(self.nnunet_exact, self.required))
 
 
 DICE_REQUIRED = 0.999
@@ -185,7 +185,7 @@ in float64, which judges the others.
 
 - *`reference` = nnU-Net*: share of voxels with the same label. *Mean Dice*: over the structures in either map.
 - *reached*: as many voxels agree as is asked, mean Dice is at least 0.999, half precision explains every difference
-  that is left, and `balanced` is at least as close to the judge as nnU-Net.
+  that is left, and `balanced` agrees with the judge in as many voxels as is asked and as nnU-Net does.
 - *explained*: share of the voxels in which `reference` and nnU-Net differ where the exact logits of the two labels are
   closer together than half-precision sums may be off (`half_precision_error` in `bench/reference.py`).
 - *= float64*: share of voxels with the judge's label. `balanced` does not mirror, so it is left out where nnU-Net does.

@@ -200,6 +200,11 @@ class Head:
     bias: NDArray[np.float32]
     fold_bias: NDArray[np.float32] | None = None
 
+    @property
+    def folds(self) -> int:
+        """K."""
+        return 1 if self.fold_bias is None else len(self.fold_bias)
+
 
 class Bundle:
     """An opened bundle: the checked manifest, and files that are checked as they are read."""
@@ -266,12 +271,12 @@ class Bundle:
         except (*READ_ERRORS, TypeError, AttributeError, MemoryError) as error:  # numpy's for what is no .npz
             raise BundleError(f"{self.path}: head.npz cannot be read ({error})") from error
         parts = [head.weight, head.bias, *([] if head.fold_bias is None else [head.fold_bias])]
-        wanted = [(network.classes, network.channels_out), (network.classes,), (len(parts[-1]), network.classes)]
+        wanted = [(network.classes, network.channels_out), (network.classes,), (*parts[-1].shape[:1], network.classes)]
         found = [part.shape for part in parts]
         if found != wanted[: len(parts)] or any(part.dtype != np.float32 for part in parts):
             raise BundleError(f"{self.path}: head.npz holds float32 {wanted[:2]} by its manifest, found {found}")
-        if len(parts) == 3 and (not len(parts[2]) or network.channels_out % len(parts[2])):
-            raise BundleError(f"{self.path}: head.npz has {len(parts[2])} folds of {network.channels_out} features")
+        if not head.folds or network.channels_out % head.folds:
+            raise BundleError(f"{self.path}: head.npz has {head.folds} folds of {network.channels_out} features")
         if not all(np.isfinite(part).all() for part in parts):
             raise BundleError(f"{self.path}: head.npz holds NaN or infinity; export the bundle again")
         return head

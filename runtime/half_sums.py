@@ -100,7 +100,7 @@ class HalfSums(Sums):
 
     def __init__(self, size: Shape, window: NDArray[np.float32], pool: Executor, head: Head | None = None) -> None:
         super().__init__(size, window, pool, np.float16)
-        self.folds = 1 if head is None or head.fold_bias is None else len(head.fold_bias)
+        self.folds = 1 if head is None else head.folds
         self._head: NDArray[np.float32] | None = None
         if head is not None:
             every = fold_head(head)

@@ -231,7 +231,7 @@ class Segmenter:
         """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
         engine = (self.options.engine.backend, self.options.engine.precision)
-        folds = 1 if self.head is None or self.head.fold_bias is None else len(self.head.fold_bias)
+        folds = 1 if self.head is None else self.head.folds
         sums = folds if self.profile.half_sums else 0
         return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles, engine, sums)
 

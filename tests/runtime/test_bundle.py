@@ -419,6 +419,13 @@ BIAS = np.zeros(6, np.float32)
     [
         (npz_bytes(weight=HEAD.T.copy(), bias=BIAS), "holds float32"),
         (npz_bytes(weight=HEAD, bias=BIAS[:5]), "holds float32"),
+        (npz_bytes(weight=HEAD, bias=np.float32(1)), "holds float32"),
+        (npz_bytes(weight=HEAD, bias=BIAS, fold_bias=np.float32(1)), "holds float32"),
+        (npz_bytes(weight=HEAD, bias=BIAS, fold_bias=BIAS[None, :5]), "holds float32"),
+        (npz_bytes(weight=HEAD, bias=BIAS, fold_bias=BIAS[None].astype(np.float64)), "holds float32"),
+        (npz_bytes(weight=HEAD, bias=BIAS, fold_bias=np.repeat(BIAS[None], 7, 0)), "has 7 folds"),
+        (npz_bytes(weight=HEAD, bias=BIAS, fold_bias=BIAS[None][:0]), "has 0 folds"),
+        (npz_bytes(weight=HEAD, bias=BIAS, fold_bias=BIAS[None] * np.nan), "holds NaN or infinity"),
         (npz_bytes(weight=HEAD.astype(np.float64), bias=BIAS), "holds float32"),
         (npz_bytes(weight=HEAD * np.nan, bias=BIAS), "holds NaN or infinity"),
         (npz_bytes(weight=HEAD), "cannot be read"),
@@ -428,7 +435,10 @@ BIAS = np.zeros(6, np.float32)
         (b"", "cannot be read"),
         (b"text", "cannot be read"),
     ],
-    ids=["turned", "short", "float64", "nan", "no bias", "cut", "npy", "huge", "empty", "text"],
+    ids=[
+        *("turned", "short", "scalar", "fold scalar", "fold short", "fold float64", "too many folds", "no folds"),
+        *("fold nan", "float64", "nan", "no bias", "cut", "npy", "huge", "empty", "text"),
+    ],
 )
 def test_head_of_the_wrong_kind(data: bytes, reason: str, bundle: Path) -> None:
     message = refusal(replace_file(bundle, "head.npz", data))
