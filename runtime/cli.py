@@ -127,8 +127,7 @@ ENGINE_OPTIONS = (
     click.option(
         "--threads",
         type=click.IntRange(min=1),
-        help="Processor cores to use. In int8 a label in a thousand or so depends on their number.  [default: the "
-        "backend's choice]",
+        help="Processor cores to use. In int8 a few labels depend on their number.  [default: the backend's choice]",
     ),
     click.option(
         "--max-ram",
