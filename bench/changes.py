@@ -30,7 +30,7 @@ from edgemuse.runtime import picture
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Head, Resampling, open_bundle
 from edgemuse.runtime.geometry import voxel_mm3
-from edgemuse.runtime.head import BLOCK, label_slabs
+from edgemuse.runtime.head import BLOCK, label_blocks
 from edgemuse.runtime.labels import Label
 from edgemuse.runtime.muse import muse_labels
 from edgemuse.runtime.postprocess import TOUCHING
@@ -142,7 +142,7 @@ def _head() -> Iterator[Change]:
         "head: one BLAS thread for each row at work, and the bias as one more feature",
         "2 times faster",
         lambda: _labels(features, head),
-        lambda: label_slabs([(0, features)], head, CLASSES, (None,) * 3, (depth, height, width), cpu_cores()),
+        lambda: label_blocks([((0, 0, 0), features)], head, CLASSES, (None,) * 3, (depth, height, width), cpu_cores()),
     )
 
 

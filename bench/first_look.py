@@ -38,7 +38,7 @@ from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Bundle, Network, open_bundle
 from edgemuse.runtime.cascade import Mask
 from edgemuse.runtime.geometry import reorientation, shape_of
-from edgemuse.runtime.head import label_slabs
+from edgemuse.runtime.head import label_blocks
 from edgemuse.runtime.pipeline import Options, Segmenter, Stopwatch
 from edgemuse.runtime.postprocess import largest_component
 from edgemuse.runtime.preprocess import Box, Prepared, preprocess
@@ -177,8 +177,8 @@ class MaskNetwork:
             matrices = output_matrices(
                 shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
             )
-            slabs = [(0, np.ascontiguousarray(features))]
-            classes = label_slabs(slabs, self.patches.head, network.classes, matrices, prepared.box_shape)
+            slabs = [((0, 0, 0), np.ascontiguousarray(features))]
+            classes = label_blocks(slabs, self.patches.head, network.classes, matrices, prepared.box_shape)
         mask = np.zeros(prepared.grid_shape, bool)
         kept = nearest(reached[..., 0] > 0, prepared.box_shape)
         mask[prepared.box] = np.where(kept, classes > 0, head.inside(rough))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import tempfile
 import time
@@ -29,13 +30,16 @@ def cache_key(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def load(folder: Path, key: str) -> bytes | None:
-    """The compiled model stored under `key`, or None if there is none that is whole."""
+def load(folder: Path, key: str) -> memoryview | None:
+    """The compiled model stored under `key`, mapped into memory, or None if there is none that is whole."""
     path = folder / (key + SUFFIX)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:  # a copy on write, because OpenVINO asks for memory that may be written to
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except OSError:
         return None
+    except ValueError:  # an empty file cannot be mapped
+        data = memoryview(b"")
     digest, blob = data[:32], data[32:]
     if hashlib.sha256(blob).digest() != digest:
         log.warning("cached engine %s is damaged; compiling again", path)
@@ -43,6 +47,13 @@ def load(folder: Path, key: str) -> bytes | None:
     with contextlib.suppress(OSError):
         os.utime(path)
     return blob
+
+
+def give_back(blob: memoryview) -> None:
+    """Let the operating system take the memory of a mapped `blob` back; what is read again comes from its file."""
+    advise = getattr(blob.obj, "madvise", None)
+    if advise and hasattr(mmap, "MADV_DONTNEED"):
+        advise(mmap.MADV_DONTNEED)
 
 
 def store(folder: Path, key: str, blob: bytes) -> None:

@@ -53,12 +53,12 @@ class ONNXRuntimeEngine:
             self._start(graph, options)
             return path.read_bytes()
 
-    def load(self, blob: bytes) -> bool:
+    def load(self, blob: memoryview) -> bool:
         """Take an optimised graph back; False if ONNX Runtime does not accept it."""
         options = self._session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._start(blob, options)
+            self._start(bytes(blob), options)
         except BackendError:
             return False
         return True

@@ -29,10 +29,13 @@ def normalise_precisely(model: ov.Model) -> None:
         if node.get_type_name() != "MVN":
             continue
         source = node.input_value(0)
-        centred = ops.subtract(source, _mean(source))
+        mean = _mean(source)
+        centred = ops.subtract(source, mean)
         variance = _mean(ops.multiply(centred, centred).output(0))
         deviation = ops.sqrt(ops.add(variance, np.float32(node.get_attributes()["eps"])))
-        _replace(node, ops.multiply(centred, ops.divide(np.float32(1), deviation)))
+        factor = ops.divide(np.float32(1), deviation)
+        # from `source`, because `centred` would have to be kept beside it
+        _replace(node, ops.subtract(ops.multiply(source, factor), ops.multiply(mean, factor)))
     model.validate_nodes_and_infer_types()
 
 

@@ -158,6 +158,10 @@ def _open_cached(engine: Any, graph: bytes, folder: Path, key: str) -> None:
         log.info("engine from cache: %s", key)
         return
     cache.store(folder, key, engine.build(graph, keep=True))
+    if getattr(engine, "lighter_from_cache", False):  # if it cannot be loaded, what was built stays
+        blob = cache.load(folder, key)
+        if blob is not None:
+            engine.load(blob)
 
 
 def _facts(engine: Any, graph: bytes, shape: TileShape) -> dict[str, object]:

@@ -139,9 +139,9 @@ class TensorRTEngine:
                 raise BackendError(f"TensorRT does not load the engine that it built: {reason}")
         return blob if keep else b""
 
-    def load(self, blob: bytes) -> bool:
+    def load(self, blob: memoryview) -> bool:
         """Take an engine back; False if it was built by another version, for another GPU or system."""
-        reason = self._start(blob)
+        reason = self._start(bytes(blob))
         if reason:
             log.warning("cached TensorRT engine is not usable: %s; building again", reason)
         return not reason
@@ -265,7 +265,8 @@ class _Kernels:
         self._folder = folder
         key = cache.cache_key({"engine": hashlib.sha256(blob).hexdigest(), **asdict(find_gpu())})
         self._key = f"{key}.kernels"
-        self._before = cache.load(folder, self._key) if folder else None
+        stored = cache.load(folder, self._key) if folder else None
+        self._before = bytes(stored) if stored else None  # not mapped: the file may be replaced
         self._config: Any = None
         self._cache: Any = None
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head
-from edgemuse.runtime.tiles import Sums
-from edgemuse.runtime.types import Features, Half, Shape
+from edgemuse.runtime.tiles import Index, Sums, TilePlan
+from edgemuse.runtime.types import Features, Half
 
 OVERFLOW = 65520.0
 """From here on half precision rounds to infinity."""
@@ -92,14 +92,16 @@ class HalfSums(Sums):
     """Sums of logits in half precision, of each fold apart.
 
     Args:
-        size: (d, h, w) of the sum.
-        window: (d, h, w) weights of a tile.
-        pool: where rows are worked on.
+        plan, window, pool, slabs: as for `Sums`.
         head: from features to logits; None where the network returns logits, those of all folds together.
     """
 
-    def __init__(self, size: Shape, window: NDArray[np.float32], pool: Executor, head: Head | None = None) -> None:
-        super().__init__(size, window, pool, np.float16)
+    dtype = np.float16
+
+    def __init__(
+        self, plan: TilePlan, window: NDArray[np.float32], pool: Executor, slabs: bool, head: Head | None = None
+    ) -> None:
+        super().__init__(plan, window, pool, slabs)
         self.folds = 1 if head is None else head.folds
         self._head: NDArray[np.float32] | None = None
         if head is not None:
@@ -146,12 +148,12 @@ class HalfSums(Sums):
             except OverflowError:
                 raise BackendError(TOO_LARGE) from None
 
-    def divided(self, rows: int) -> Features:
-        """The mean logits (rows, h, w, C) of all folds at the front."""
-        slab = super().divided(rows)
+    def take(self, where: Index) -> Features:
+        """The mean logits (d, h, w, C) of all folds in the block that begins at `where`; its sums are dropped."""
+        block = super().take(where)
         if self.folds == 1:
-            return slab
-        first, *others = np.moveaxis(slab.reshape(*slab.shape[:-1], self.folds, -1), -2, 0)
+            return block
+        first, *others = np.moveaxis(block.reshape(*block.shape[:-1], self.folds, -1), -2, 0)
         mean: Half = first.copy()
         with np.errstate(over="ignore"):  # what follows looks for infinity
             for other in others:

@@ -1,4 +1,4 @@
-"""The deferred head: from merged features to class numbers on the scan's grid, slab by slab.
+"""The deferred head: from merged features to class numbers on the scan's grid, block by block.
 
 A 1x1x1 convolution, the weighted mean over tiles, the mean over mirrored copies and linear resampling are all linear
 and their weights sum to one, so they commute. Applying the head last gives the same labels, and C channels never
@@ -19,6 +19,7 @@ from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head
 from edgemuse.runtime.half_sums import rounded, to_single
 from edgemuse.runtime.resample import AxisMatrices
+from edgemuse.runtime.tiles import Block, Index
 from edgemuse.runtime.types import Features, Labels, Shape
 
 BLOCK = 2048
@@ -54,8 +55,8 @@ def classify(features: Features, head: Head | None, classes: int) -> Labels:
     return labels.reshape(features.shape[:-1])
 
 
-def label_slabs(
-    slabs: Iterable[tuple[int, Features]],
+def label_blocks(
+    blocks: Iterable[Block],
     head: Head | None,
     classes: int,
     matrices: AxisMatrices,
@@ -66,14 +67,14 @@ def label_slabs(
     """Consume merged features and return class numbers of `shape` (d, h, w), the scan's grid inside the crop.
 
     Args:
-        slabs: consecutive along depth, each with the depth where it starts, at the network's spacing; in single or
-            half precision.
-        head: None where the slabs hold logits.
+        blocks: each with where it begins on the network's grid; in single or half precision. They follow one another
+            along depth and hold all of height and width if `matrices` resample anything.
+        head: None where the blocks hold logits.
         classes: C.
         matrices: from the network's grid to `shape`.
         shape: of the result.
         threads: rows that are worked on at once.
-        half: the slabs are finite and in half precision, and what is resampled is rounded to it, as in nnU-Net.
+        half: the blocks are finite and in half precision, and what is resampled is rounded to it, as in nnU-Net.
 
     Raises:
         BackendError: a feature is NaN or infinite.
@@ -82,7 +83,7 @@ def label_slabs(
     depth, *plane = matrices
 
     def finish(task: Row) -> None:  # so that only one row a thread exists at the scan's spacing
-        row, rows, weights = task
+        (row, left, near), rows, weights = task
         single = to_single(rows) if half else rows.astype(np.float32, copy=False)
         mixed = single[0] if weights is None else np.tensordot(weights, single, 1)
         if not np.isfinite(mixed.sum()):
@@ -90,42 +91,46 @@ def label_slabs(
         resampled = _resample_plane(mixed, *plane)
         if half and any(matrix is not None for matrix in matrices):
             resampled = rounded(np.ascontiguousarray(resampled))
-        labels[row] = classify(resampled, head, classes)
+        height, width, _ = resampled.shape
+        labels[row, left : left + height, near : near + width] = classify(resampled, head, classes)
 
     # one thread a product: BLAS's own would wait for each other
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        for tasks in _rows(slabs) if depth is None else _resampled_rows(slabs, depth):
-            list(pool.map(finish, tasks))  # before the next slab takes this one's place
+        for tasks in _rows(blocks) if depth is None else _resampled_rows(blocks, depth):
+            list(pool.map(finish, tasks))
+            tasks.clear()  # so that no block is kept while the network runs for the next one
     return labels
 
 
-Row: TypeAlias = tuple[int, Features, NDArray[np.float32] | None]
-"""Number of a row of the result, the rows (n, h, w, F) it is made of, and their weights (n,) unless it is just one."""
+Row: TypeAlias = tuple[Index, Features, NDArray[np.float32] | None]
+"""Where a row of the result begins, the rows (n, h, w, F) it is made of, and their weights (n,) unless it is one."""
 
 
-def _rows(slabs: Iterable[tuple[int, Features]]) -> Iterator[list[Row]]:
-    """The rows of each slab as they are."""
-    for start, slab in slabs:
-        yield [(start + offset, slab[offset : offset + 1], None) for offset in range(len(slab))]
+def _rows(blocks: Iterable[Block]) -> Iterator[list[Row]]:
+    """The rows of each block as they are."""
+    for (start, left, near), block in blocks:
+        yield [((start + offset, left, near), block[offset : offset + 1], None) for offset in range(len(block))]
+        del block
 
 
-def _resampled_rows(slabs: Iterable[tuple[int, Features]], matrix: NDArray[np.float32]) -> Iterator[list[Row]]:
+def _resampled_rows(slabs: Iterable[Block], matrix: NDArray[np.float32]) -> Iterator[list[Row]]:
     """The rows on the output's depth grid that each slab completes."""
     used = [np.flatnonzero(weights) for weights in matrix]
     first, carried, row = 0, None, 0
-    for start, slab in slabs:
+    for (start, _, _), slab in slabs:
         rows = slab if carried is None else np.concatenate([carried, slab])
         end = start + len(slab)
         tasks: list[Row] = []
         while row < len(matrix) and used[row][-1] < end:
             span = slice(used[row][0], used[row][-1] + 1)
-            tasks.append((row, rows[span.start - first : span.stop - first], matrix[row, span]))
+            tasks.append(((row, 0, 0), rows[span.start - first : span.stop - first], matrix[row, span]))
             row += 1
         yield tasks
         if row < len(matrix):
             needed = min(used[row][0], end)
             carried = rows[needed - first :].copy()
             first = needed
+        del slab, rows
 
 
 def _resample_plane(

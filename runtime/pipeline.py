@@ -32,7 +32,7 @@ from edgemuse.runtime import outputs, picture, quality
 from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation, shape_of, voxel_mm3
 from edgemuse.runtime.half_sums import HalfSums
-from edgemuse.runtime.head import class_dtype, label_slabs
+from edgemuse.runtime.head import class_dtype, label_blocks
 from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
 from edgemuse.runtime.muse import is_muse
@@ -284,14 +284,20 @@ class Segmenter:
         done = iter(range(1, plan.count + 1))
         half, network = self.profile.half_sums, self.network
         new_sums = partial(HalfSums, head=self.head) if half else None
-        slabs = merge_tiles(
-            prepared.image, plan, infer, lambda: progress(next(done), plan.count), self.threads, new_sums
-        )
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )
+        blocks = merge_tiles(
+            prepared.image,
+            plan,
+            infer,
+            lambda: progress(next(done), plan.count),
+            self.threads,
+            new_sums,
+            slabs=any(matrix is not None for matrix in matrices),
+        )
         head = None if half else self.head
-        return label_slabs(slabs, head, network.classes, matrices, prepared.box_shape, self.threads, half)
+        return label_blocks(blocks, head, network.classes, matrices, prepared.box_shape, self.threads, half)
 
     def _infer(self, engine: Engine, tile: NDArray[np.float32]) -> Features:
         features = engine.infer(tile[None, None])

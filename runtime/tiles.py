@@ -1,7 +1,8 @@
-"""The sliding window: where the tiles lie, how they are weighted, and adding them up slab by slab.
+"""The sliding window: where the tiles lie, how they are weighted, and adding them up block by block.
 
-Tiles are run in order of depth. As soon as no later tile can touch the front of the sum, that slab is divided by its
-weights and handed on, so the sum is never larger than one patch in depth: memory does not grow with depth.
+Tiles are run in order of depth, then of height, then of width. As soon as no later tile can touch a block of the sum,
+it is divided by its weights, handed on and dropped, so there is never more of the sum than one patch in depth: memory
+does not grow with depth.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -115,64 +118,95 @@ def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
     return averaged
 
 
+Index: TypeAlias = tuple[int, int, int]
+Part: TypeAlias = tuple[slice, slice, slice]
+"""Along depth, height and width."""
+
+
 class Sums:
-    """Weighted features of overlapping tiles, added up row by row along depth, in `dtype`.
+    """Weighted features of overlapping tiles, added up in blocks: the voxels of a block are touched by the same tiles.
 
     Args:
-        size: (d, h, w) of the sum.
+        plan: where the tiles lie.
         window: (d, h, w) weights of a tile.
         pool: where rows are added up at once.
+        slabs: blocks reach over all of height and width all the same.
     """
 
-    def __init__(self, size: Shape, window: NDArray[np.float32], pool: Executor, dtype: DTypeLike = np.float32) -> None:
-        self.weights: Features = np.zeros(size, dtype)
-        self.total: Features | None = None  # until it is known how many features there are
+    dtype: DTypeLike = np.float32
+    """Of the sums."""
+
+    def __init__(self, plan: TilePlan, window: NDArray[np.float32], pool: Executor, slabs: bool) -> None:
         self.window, self.pool = window, pool
+        self._edges = [
+            sorted({*starts, *(first + side for first in starts)})
+            for starts, side in zip(plan.starts, plan.patch, strict=True)
+        ]
+        if slabs:
+            self._edges[1:] = [[edges[0], edges[-1]] for edges in self._edges[1:]]
+        self.blocks: dict[Index, tuple[Features, Features]] = {}
 
     def channels(self, features: Features) -> int:
         """How many numbers are added up at each voxel."""
         return int(features.shape[-1])
 
-    def add(self, features: Features, corner: tuple[int, int]) -> None:
-        """Add the features (d, h, w, F) of a tile that begins at `corner` (h, w)."""
-        if self.total is None:
-            self.total = np.zeros((*self.weights.shape, self.channels(features)), self.weights.dtype)
-        total, window = self.total, self.window
-        rows, columns = (slice(first, first + size) for first, size in zip(corner, window.shape[1:], strict=True))
+    def add(self, features: Features, corner: Index) -> None:
+        """Add the features (d, h, w, F) of a tile that begins at `corner`."""
+        rows = []
+        for where, part, tile in self._touched(corner):
+            if where not in self.blocks:
+                self.blocks[where] = self._new_block(where, self.channels(features))
+            total, weights = self.blocks[where]
+            weights[part] += self.window[tile]
+            rows += list(zip(total[part], features[tile], self.window[tile], strict=True))
+        # row by row, so that a product stays in the processor's cache
+        list(self.pool.map(lambda row: self.add_row(*row), rows))
 
-        def add(depth: int) -> None:  # so that a product stays in the processor's cache
-            self.add_row(total[depth, rows, columns], features[depth], window[depth])
+    def _touched(self, corner: Index) -> Iterator[tuple[Index, Part, Part]]:
+        """The blocks that a tile at `corner` touches: where each begins, and the part of it and of the tile."""
+        axes = []
+        for edges, first, side in zip(self._edges, corner, self.window.shape, strict=True):
+            spans = ((low, max(low, first), min(high, first + side)) for low, high in pairwise(edges))
+            axes.append([(low, slice(a - low, b - low), slice(a - first, b - first)) for low, a, b in spans if a < b])
+        for (d, part_d, tile_d), (h, part_h, tile_h), (w, part_w, tile_w) in itertools.product(*axes):
+            yield (d, h, w), (part_d, part_h, part_w), (tile_d, tile_h, tile_w)
 
-        list(self.pool.map(add, range(len(window))))
-        self.weights[:, rows, columns] += window
+    def _new_block(self, where: Index, channels: int) -> tuple[Features, Features]:
+        shape = [edges[edges.index(low) + 1] - low for edges, low in zip(self._edges, where, strict=True)]
+        return np.zeros((*shape, channels), self.dtype), np.zeros(shape, self.dtype)
 
     def add_row(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
         """Add `features` (h, w, F), weighted by `weights` (h, w), to `total`."""
         total += features * weights[..., None].astype(total.dtype, copy=False)
 
-    def divided(self, rows: int) -> Features:
-        """The weighted mean (rows, h, w, F) at the front, divided in place."""
-        assert self.total is not None
-        slab = self.total[:rows]
-        list(self.pool.map(self.divide_row, slab, self.weights[:rows]))
-        return slab
+    def finished(self, corner: Index, following: Sequence[float]) -> list[Index]:
+        """Where the blocks begin that a tile at `corner` touches and no later one.
+
+        `following`: along each axis, where the next tiles begin, or infinity.
+        """
+        axes = []
+        for edges, first, limit in zip(self._edges, corner, following, strict=True):
+            if len(edges) == 2:  # one block, which the last tile finishes
+                axes.append(edges[:1] if limit == math.inf else [])
+            else:
+                axes.append([edge for edge in edges[:-1] if first <= edge < limit])
+        return [(d, h, w) for d, h, w in itertools.product(*axes)]
+
+    def take(self, where: Index) -> Features:
+        """The weighted mean (d, h, w, F) of the block that begins at `where`; its sums are dropped."""
+        total, weights = self.blocks.pop(where)
+        list(self.pool.map(self.divide_row, total, weights))
+        return total
 
     def divide_row(self, total: Features, weights: Features) -> None:
         """Divide `total` (h, w, F) by `weights` (h, w)."""
         total /= weights[..., None]
 
-    def advance(self, done: int) -> None:
-        """Drop the first `done` rows, move the others up and clear what is left behind them."""
-        assert self.total is not None
-        for sums in (self.total, self.weights):
-            kept = len(sums) - done
-            for row in range(kept):  # row by row, because numpy copies overlapping arrays through a temporary one
-                sums[row] = sums[row + done]
-            sums[kept:] = 0
 
-
-NewSums = Callable[[Shape, NDArray[np.float32], Executor], Sums]
+NewSums = Callable[[TilePlan, NDArray[np.float32], Executor, bool], Sums]
 """As `Sums` is made."""
+Block: TypeAlias = tuple[Index, Features]
+"""Where it begins, and what it holds, (d, h, w, F)."""
 
 
 def merge_tiles(
@@ -182,8 +216,9 @@ def merge_tiles(
     progress: Callable[[], None] = lambda: None,
     threads: int = 1,
     new_sums: NewSums | None = None,
-) -> Iterator[tuple[int, Features]]:
-    """Run every tile and yield the weighted mean of their features, (n, h, w, F), slab after slab along depth.
+    slabs: bool = True,
+) -> Iterator[Block]:
+    """Run every tile and yield the weighted mean of their features, block after block.
 
     Args:
         image: (d, h, w), of `plan.shape`.
@@ -192,34 +227,40 @@ def merge_tiles(
         progress: called after each tile.
         threads: rows that are added up at once.
         new_sums: makes what tiles are added up in; None: sums in float32, and a single tile stays as it is.
+        slabs: blocks hold all of height and width and follow one another along depth; else they are as small as the
+            tiles allow, which takes less memory.
 
     Yields:
-        The depth at which a slab starts, and the slab: a view that is valid until the next one is asked for.
+        Blocks, each valid until the next one is asked for.
     """
     # before the large arrays, because what is kept behind them in the heap keeps their memory
     window = gaussian_window(plan.patch) if new_sums or plan.count > 1 else None
-    padded = np.pad(image, plan.pad)
-    (top, _), (left, _), (near, _) = plan.pad
-    _, height, width = plan.shape
+    padded = np.pad(image, plan.pad) if any(map(any, plan.pad)) else image
     if window is None:
         features = infer(padded)
         progress()
-        yield 0, features[top : top + plan.shape[0], left : left + height, near : near + width]
+        yield _unpadded((0, 0, 0), features, plan)
         return
-    depth = plan.patch[0]
+    ahead = [(*starts[1:], math.inf) for starts in plan.starts]
     with ThreadPoolExecutor(threads) as pool:
-        sums = (new_sums or Sums)((depth, *padded.shape[1:]), window, pool)
-        for start, following in itertools.pairwise((*plan.starts[0], padded.shape[0])):
-            for row, column in itertools.product(*plan.starts[1:]):
-                sums.add(infer(cut(padded, (start, row, column), plan.patch)), (row, column))
-                progress()
-            done = min(following - start, depth)
-            slab = sums.divided(done)
-            first, last = max(start, top), min(start + done, top + plan.shape[0])
-            if first < last:
-                rows = slice(first - start, last - start)
-                yield first - top, slab[rows, left : left + height, near : near + width]
-            sums.advance(done)
+        sums = (new_sums or Sums)(plan, window, pool, slabs)
+        for i, j, k in np.ndindex(*(len(starts) for starts in plan.starts)):
+            corner = (plan.starts[0][i], plan.starts[1][j], plan.starts[2][k])
+            sums.add(infer(cut(padded, corner, plan.patch)), corner)
+            progress()
+            following = (ahead[0][i], ahead[1][j], ahead[2][k])
+            for where in sums.finished(corner, following):
+                yield _unpadded(where, sums.take(where), plan)
+
+
+def _unpadded(corner: Index, features: Features, plan: TilePlan) -> Block:
+    """A block that begins at `corner` of the padded image, without what was padded."""
+    inner = []
+    for first, size, whole, (before, _) in zip(corner, features.shape, plan.shape, plan.pad, strict=False):
+        inner.append((max(first, before), min(first + size, before + whole), first, before))
+    cropped = features[tuple(slice(low - first, high - first) for low, high, first, _ in inner)]
+    d, h, w = (low - before for low, _, _, before in inner)
+    return (d, h, w), cropped
 
 
 def cut(padded: Image, corner: Sequence[int], patch: Shape) -> NDArray[np.float32]:

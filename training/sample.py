@@ -5,7 +5,6 @@ A held-out label map is deformed at random, so that neither the map nor the head
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,27 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgemuse.training.labelmaps import INDICES, LabelMap, class_table, find_label_maps, read_label_map
-from edgemuse.training.synthesis import Look, draw_look, draw_scan, generator, t1_intensities, uniform
+from edgemuse.training.synthesis import draw_scan, generator, usual_look
 
 SEED = 44
-
-
-def usual_look(g: torch.Generator, stripped: bool) -> Look:
-    """T1 contrast at about 1 mm with moderate noise and field: a scan as hospitals make them."""
-    means, spreads = t1_intensities(g)
-    look = draw_look(g)
-    return replace(
-        look,
-        means=means,
-        spreads=spreads * 0.7,
-        stripped=uniform(g, 0, 0.7) if stripped else None,
-        bias=look.bias.clamp(-0.3, 0.3),
-        gamma=1.0,
-        blur=(0.45, 0.45, 0.45),
-        voxel=(1.0, 1.0, 1.0),
-        noise=uniform(g, 0.01, 0.04),
-        floor=False,
-    )
 
 
 def make_scan(labels: LabelMap, seed: int, stripped: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

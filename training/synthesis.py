@@ -10,7 +10,7 @@ Arrays are (d, h, w) as in `labelmaps`; lengths are mm; intensities are relative
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,7 +37,9 @@ COARSE = 6.0
 RANDOM_CONTRAST = 0.2
 SKULL_STRIPPED = 0.5
 WINDOWS = 0.6
-"""Share of samples with contrast unlike T1, without skull, and of patches anywhere in the field of view."""
+USUAL = 0.5
+"""Shares of samples: with contrast unlike T1, without skull, of patches anywhere in the field of view, and of scans as
+hospitals usually make them."""
 
 FAMILY = np.arange(LARGEST + 1)
 for _left, _right in (RIGHT | INNER_PAIRS).items():
@@ -199,6 +201,24 @@ def draw_look(g: torch.Generator) -> Look:
     )
 
 
+def usual_look(g: torch.Generator, stripped: bool) -> Look:
+    """T1 contrast at about 1 mm with moderate noise and field: a scan as hospitals make them."""
+    means, spreads = t1_intensities(g)
+    look = draw_look(g)
+    return replace(
+        look,
+        means=means,
+        spreads=spreads * 0.7,
+        stripped=uniform(g, 0, 0.7) if stripped else None,
+        bias=look.bias.clamp(-0.3, 0.3),
+        gamma=1.0,
+        blur=(0.45, 0.45, 0.45),
+        voxel=(1.0, 1.0, 1.0),
+        noise=uniform(g, 0.01, 0.04),
+        floor=False,
+    )
+
+
 def t1_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
     """(1024,) means and spreads around those of T1; left and right of a structure are nearly alike."""
     count, family = LARGEST + 1, torch.from_numpy(FAMILY)
@@ -307,7 +327,9 @@ def draw_patch(maps: list[LabelMap], shape: Shape, spacing: float, g: torch.Gene
     labels = maps[int(uniform(g, 0, len(maps)))]
     if chance(g, 0.5):
         labels = mirror(labels)
-    warp, look, view = draw_warp(labels, g), draw_look(g), draw_view(g)
+    usual = chance(g, USUAL)
+    look = usual_look(g, chance(g, SKULL_STRIPPED)) if usual else draw_look(g)
+    warp, view = draw_warp(labels, g), draw_view(g)
     extent = torch.tensor([n * spacing for n in shape])
     start = _patch_centre(view, extent, g) - extent / 2
     image, numbers = _scan(labels, warp, look, start, shape, spacing, g)

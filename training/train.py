@@ -52,16 +52,18 @@ class Plan:
         device: `cpu` or `cuda`.
         patch: d, h, w.
         workers: processes that synthesise samples; 0: this one.
+        weighted: whether rare classes count more in the cross-entropy.
     """
 
     steps: int
     rate: float
     warm_up: int = 100
-    fall: float = 0.4
+    fall: float = 0.8
     validate_every: int = 500
     device: str = "cpu"
     patch: Shape = folder.PATCH
     workers: int = 1
+    weighted: bool = True
 
     def rate_at(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
@@ -266,9 +268,18 @@ class Record:
 @click.option("--steps", default=20_000, help="Steps in all; may be changed when a run goes on.")
 @click.option("--rate", default=1.5e-3, help="Learning rate before it falls.")
 @click.option("--validate-every", default=500)
+@click.option("--weighted/--unweighted", default=True, help="Whether rare classes count more in the cross-entropy: "
+              "a new network does not find them otherwise, a trained one then finds too much of them.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 def main(
-    labelmaps: Path, output: Path, start: Path | None, steps: int, rate: float, validate_every: int, device: str
+    labelmaps: Path,
+    output: Path,
+    start: Path | None,
+    steps: int,
+    rate: float,
+    validate_every: int,
+    weighted: bool,
+    device: str,
 ) -> None:
     """Train on images synthesised from LABELMAPS, or go on with the run in the output folder."""
     if device == "auto":
@@ -279,7 +290,8 @@ def main(
     run = new_run(folder.FEATURES, device, start)
     if (output / "state.pth").exists():
         run.restore(torch.load(output / "state.pth", map_location=device, weights_only=True))
-    train(run, Plan(steps, rate, validate_every=validate_every, device=device), maps, unseen, output)
+    plan = Plan(steps, rate, validate_every=validate_every, device=device, weighted=weighted)
+    train(run, plan, maps, unseen, output)
 
 
 @contextlib.contextmanager
@@ -299,7 +311,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 def train(run: Run, plan: Plan, maps: list[LabelMap], unseen: list[LabelMap], output: Path) -> None:
     """Run the steps that are left; a signal to stop ends it after the current one, with everything saved."""
-    record, weights = Record(output / "log.jsonl"), class_weights(maps).to(plan.device)
+    record = Record(output / "log.jsonl")
+    weights = (class_weights(maps) if plan.weighted else torch.ones(CLASSES)).to(plan.device)
     held_out = Samples(unseen, plan.patch, VALIDATION_SEED, 0, VALIDATION_SAMPLES)
     with stop_signals() as stopped:
         for image, target in batches(Samples(maps, plan.patch, SEED, run.step, plan.steps), plan):

@@ -50,8 +50,9 @@ def test_engines_are_built(network: Network, capability: str, tmp_path: Path) ->
     for precision, convert in CONVERT.items():
         built = build_one(convert(network.graph), network.shape, precision, capability, tmp_path)
         assert "error" not in built
-        blob = cache.load(tmp_path, Path(built["path"]).stem)
-        assert blob is not None
+        stored = cache.load(tmp_path, Path(built["path"]).stem)
+        assert stored is not None
+        blob = bytes(stored)
         assert not _faults(blob) & FOREIGN
         assert _faults(blob[1:]) & FOREIGN
         sizes[precision] = len(blob)

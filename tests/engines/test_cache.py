@@ -147,6 +147,16 @@ def test_what_is_stored_is_loaded(tmp_path: Path) -> None:
     assert cache.load(tmp_path / "missing", "key") is None
 
 
+def test_memory_that_is_given_back_is_read_again(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).bytes(1 << 20)
+    cache.store(tmp_path, "key", stored)
+    blob = cache.load(tmp_path, "key")
+    assert blob is not None
+    cache.give_back(blob)
+    (tmp_path / "key.engine").unlink()
+    assert blob == stored
+
+
 def test_least_recently_used_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "MAX_BYTES", 3 * (32 + 1000))
     for age, key in enumerate("abc"):

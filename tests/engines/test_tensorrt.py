@@ -276,7 +276,7 @@ def rebuilt(machine: Machine, folder: Path, caplog: pytest.LogCaptureFixture, sp
     backend = sys.modules[OWN_MODULES[0]]
     load = backend.TensorRTEngine.load
 
-    def load_and_mend(self: Any, blob: bytes) -> Any:
+    def load_and_mend(self: Any, blob: memoryview) -> Any:
         try:
             return load(self, blob)
         finally:

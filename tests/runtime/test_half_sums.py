@@ -13,9 +13,11 @@ from hypothesis.extra.numpy import arrays
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head, Resampling
 from edgemuse.runtime.half_sums import HalfSums, fold_head, rounded, to_half, to_single
-from edgemuse.runtime.head import label_slabs
+from edgemuse.runtime.head import label_blocks
 from edgemuse.runtime.resample import output_matrices
 from edgemuse.runtime.tiles import gaussian_window, merge_tiles, plan_tiles
+
+ONE = plan_tiles((2, 2, 2), (2, 2, 2), 1.0)
 
 FINITE = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 FINITE = FINITE[np.isfinite(FINITE)]
@@ -116,8 +118,8 @@ def test_labels_are_those_of_nnunets_steps_in_pytorch(shape, patch, target, fold
 
     merged_weight = np.concatenate(list(weights), axis=1) / np.float32(folds)
     head = Head(merged_weight, biases.mean(0), biases if folds > 1 else None) if deferred else None
-    slabs = merge_tiles(image, plan, infer, new_sums=partial(HalfSums, head=head))
-    labels = label_slabs(slabs, None, classes, matrices, target or shape, half=True)
+    blocks = merge_tiles(image, plan, infer, new_sums=partial(HalfSums, head=head), slabs=target is not None)
+    labels = label_blocks(blocks, None, classes, matrices, target or shape, half=True)
     chosen = np.take_along_axis(expected, labels[None].astype(np.int64), 0)[0]
     if target is None:  # sums of whole numbers are exact, and so is every rounding
         np.testing.assert_array_equal(labels, expected.argmax(0))
@@ -137,8 +139,8 @@ def test_single_precision_gives_other_labels():
         return np.stack([tile, tile**2], axis=-1)
 
     none = (None, None, None)
-    single = label_slabs(merge_tiles(image, plan, infer), head, 30, none, image.shape)
-    half = label_slabs(
+    single = label_blocks(merge_tiles(image, plan, infer), head, 30, none, image.shape)
+    half = label_blocks(
         merge_tiles(image, plan, infer, new_sums=partial(HalfSums, head=head)), None, 30, none, image.shape, half=True
     )
     assert 0.5 < np.mean(single == half) < 0.999
@@ -156,21 +158,22 @@ def test_the_head_of_each_fold():
 @pytest.mark.parametrize(("value", "reason"), [(1e6, "too large .* --profile balanced"), (np.nan, "NaN or infinity")])
 def test_logits_that_cannot_be_added_up_are_refused(value, reason):
     with ThreadPoolExecutor(1) as pool:
-        sums = HalfSums((2, 2, 2), gaussian_window((2, 2, 2)), pool)
+        sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True)
         with pytest.raises(BackendError, match=reason):
-            sums.add(np.full((2, 2, 2, 3), value, np.float32), (0, 0))
+            sums.add(np.full((2, 2, 2, 3), value, np.float32), (0, 0, 0))
 
 
 def test_means_that_cannot_be_held_are_refused():
     """Of a weight below 1, and of folds."""
     with ThreadPoolExecutor(1) as pool:
-        sums = HalfSums((2, 2, 2), np.full((2, 2, 2), 0.25, np.float32), pool)
-        sums.add(np.full((2, 2, 2, 3), 60000, np.float32), (0, 0))
-        sums.weights /= 2
+        sums = HalfSums(ONE, np.full((2, 2, 2), 0.25, np.float32), pool, slabs=True)
+        sums.add(np.full((2, 2, 2, 3), 60000, np.float32), (0, 0, 0))
+        _, weights = sums.blocks[0, 0, 0]
+        weights /= 2
         with pytest.raises(BackendError, match="too large"):
-            sums.divided(1)
+            sums.take((0, 0, 0))
         head = Head(np.ones((3, 2), "f4") / 2, np.zeros(3, "f4"), np.zeros((2, 3), "f4"))
-        sums = HalfSums((2, 2, 2), np.ones((2, 2, 2), np.float32), pool, head)
-        sums.add(np.full((2, 2, 2, 2), 60000, np.float32), (0, 0))
+        sums = HalfSums(ONE, np.ones((2, 2, 2), np.float32), pool, slabs=True, head=head)
+        sums.add(np.full((2, 2, 2, 2), 60000, np.float32), (0, 0, 0))
         with pytest.raises(BackendError, match="too large"):
-            sums.divided(1)
+            sums.take((0, 0, 0))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemuse.runtime.bundle import Head, Resampling
-from edgemuse.runtime.head import class_dtype, classify, label_slabs
+from edgemuse.runtime.head import class_dtype, classify, label_blocks
 from edgemuse.runtime.resample import output_matrices
 from edgemuse.runtime.tiles import merge_tiles, mirrored, plan_tiles
 
@@ -81,7 +81,7 @@ def test_equal_to_merging_and_resampling_logits(shape, target, patch, step, axes
     ensemble = Head(
         np.concatenate([h.weight for h in heads], axis=1) / np.float32(folds), np.mean([h.bias for h in heads], axis=0)
     )
-    labels = label_slabs(
+    labels = label_blocks(
         slabs(lambda tile: np.concatenate([n(tile) for n in networks], axis=-1)), ensemble, CLASSES, matrices, target
     )
     gap = shortfall(expected, labels)
@@ -105,7 +105,7 @@ def test_features_in_half_precision_get_the_labels_of_their_values(threads):
     for matrices in ((None,) * 3, (rng.random((7, 3), np.float32), None, None)):
         shape = (3 if matrices[0] is None else 7, 40, 50)
         found, wanted = (
-            label_slabs([(0, features)], head, CLASSES, matrices, shape, threads)
+            label_blocks([((0, 0, 0), features)], head, CLASSES, matrices, shape, threads)
             for features in (half, half.astype(np.float32))
         )
         np.testing.assert_array_equal(found, wanted)
@@ -136,7 +136,7 @@ def test_the_slabs_may_be_cut_anywhere(depth, target, cuts, threads):
     volume = rng.normal(size=(depth, 4, 5, 3)).astype("f4")
     matrices = output_matrices((depth, 4, 5), (1, 1, 1), (target, 6, 3), (1, 1, 1), Resampling(1))
     edges = [0, *(edge for edge in itertools.accumulate(cuts) if edge < depth), depth]
-    slabs = [(a, volume[a:b]) for a, b in itertools.pairwise(edges)]
-    pieces = label_slabs(slabs, None, 3, matrices, (target, 6, 3), threads)
+    slabs = [((a, 0, 0), volume[a:b]) for a, b in itertools.pairwise(edges)]
+    pieces = label_blocks(slabs, None, 3, matrices, (target, 6, 3), threads)
     whole = apply_matrices(volume.astype(np.float64), matrices)
     assert shortfall(whole, pieces).max() <= 1e-5

@@ -1,7 +1,6 @@
 """The sliding window: nnU-Net's grid and window, and what merging must keep whatever the network returns."""
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,18 +9,33 @@ from hypothesis import strategies as st
 
 from edgemuse.runtime.tiles import Sums, gaussian_window, largest_tiles, merge_tiles, mirrored, plan_tiles, tile_starts
 
-SIZES = st.tuples(*[st.integers(1, 21)] * 3)
+SIZES = st.tuples(*[st.integers(1, 11)] * 3)
 PATCHES = st.tuples(*[st.sampled_from([2, 3, 5, 8])] * 3)
 STEPS = st.sampled_from([0.25, 0.5, 0.7, 1.0])
 
 
-def merged(image, patch, step, infer, dtype=np.float32, threads=1):
+class DoubleSums(Sums):
+    """In double precision."""
+
+    dtype = np.float64
+
+
+def merged(image, patch, step, infer, sums=Sums, threads=1):
+    """The mean of all tiles, from slabs and, the same bit for bit, from blocks."""
     plan = plan_tiles(image.shape, patch, step)
-    sums = partial(Sums, dtype=dtype)
-    slabs = [(start, slab.copy()) for start, slab in merge_tiles(image, plan, infer, threads=threads, new_sums=sums)]
+    slabs = [(corner, slab.copy()) for corner, slab in merge_tiles(image, plan, infer, threads=threads, new_sums=sums)]
     depths = [len(slab) for _, slab in slabs]
-    assert [start for start, _ in slabs] == list(itertools.accumulate([0, *depths[:-1]]))
-    return np.concatenate([slab for _, slab in slabs])
+    starts = itertools.accumulate([0, *depths[:-1]])
+    assert [corner for corner, _ in slabs] == [(start, 0, 0) for start in starts]
+    whole = np.concatenate([slab for _, slab in slabs])
+    pieces, filled = np.full_like(whole, np.nan), np.zeros(image.shape, int)
+    for corner, block in merge_tiles(image, plan, infer, threads=threads, new_sums=sums, slabs=False):
+        part = tuple(slice(first, first + size) for first, size in zip(corner, block.shape[:3], strict=True))
+        pieces[part] = block
+        filled[part] += 1
+    assert (filled == 1).all()
+    np.testing.assert_array_equal(pieces, whole)
+    return whole
 
 
 @given(SIZES, PATCHES, STEPS)
@@ -41,7 +55,7 @@ def test_a_voxelwise_network_gives_its_own_output(shape, patch, step):
 
 @given(SIZES, PATCHES, STEPS)
 @settings(max_examples=30)
-def test_slabs_equal_a_sum_over_the_whole_volume(shape, patch, step):
+def test_blocks_equal_a_sum_over_the_whole_volume(shape, patch, step):
     """The network depends on where its tile lies, so that every weight matters."""
     rng = np.random.default_rng(1)
     image = rng.normal(size=shape).astype(np.float32)
@@ -54,8 +68,8 @@ def test_slabs_equal_a_sum_over_the_whole_volume(shape, patch, step):
         total[tile] += (padded[tile] * ramp).astype(np.float64) * window
         weight[tile] += window
     inner = tuple(slice(before, before + size) for (before, _), size in zip(plan.pad, shape, strict=True))
-    for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-12)):
-        result = merged(image, patch, step, lambda tile: (tile * ramp)[..., None], dtype)
+    for sums, tolerance in ((Sums, 1e-4), (DoubleSums, 1e-12)):
+        result = merged(image, patch, step, lambda tile: (tile * ramp)[..., None], sums)
         np.testing.assert_allclose(result[..., 0], (total / weight)[inner], rtol=tolerance, atol=tolerance)
 
 
@@ -140,6 +154,31 @@ def test_an_engine_that_reuses_its_buffer_is_mirrored_right():
     tile = np.random.default_rng(4).normal(size=buffer.shape[:3]).astype(np.float32)
     expected = (tile.cumsum(0) + np.flip(np.flip(tile, 0).cumsum(0), 0)) / 2
     np.testing.assert_allclose(mirrored(infer, (0,))(tile)[..., 0], expected, rtol=1e-5)
+
+
+def test_only_what_later_tiles_touch_is_kept():
+    """Blocks that are handed on are dropped, and none is made before a tile touches it."""
+    plan, most = plan_tiles((20, 12, 12), (8, 8, 8), 0.5), {}
+    for slabs in (True, False):
+        made = []
+
+        def sums(*arguments, made=made):
+            made.append(Sums(*arguments))
+            return made[0]
+
+        held = []
+
+        def infer(tile, made=made, held=held):
+            held.append(sum(weights.size for _, weights in made[0].blocks.values()))
+            return tile[..., None].copy()
+
+        for _ in merge_tiles(np.ones(plan.shape, np.float32), plan, infer, new_sums=sums, slabs=slabs):
+            pass
+        assert not made[0].blocks
+        most[slabs] = max(held)
+    patch_deep = 8 * 12 * 12
+    assert most[True] <= patch_deep
+    assert most[False] < 0.8 * patch_deep
 
 
 def test_progress_hears_of_every_tile():
