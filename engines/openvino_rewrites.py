@@ -29,13 +29,10 @@ def normalise_precisely(model: ov.Model) -> None:
         if node.get_type_name() != "MVN":
             continue
         source = node.input_value(0)
-        mean = _mean(source)
-        centred = ops.subtract(source, mean)
+        centred = ops.subtract(source, _mean(source))
         variance = _mean(ops.multiply(centred, centred).output(0))
         deviation = ops.sqrt(ops.add(variance, np.float32(node.get_attributes()["eps"])))
-        factor = ops.divide(np.float32(1), deviation)
-        # from `source`, because `centred` would have to be kept beside it
-        _replace(node, ops.subtract(ops.multiply(source, factor), ops.multiply(mean, factor)))
+        _replace(node, ops.multiply(centred, ops.divide(np.float32(1), deviation)))
     model.validate_nodes_and_infer_types()
 
 

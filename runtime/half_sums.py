@@ -26,8 +26,6 @@ bits are the upper bits of the float32, for subnormal numbers as well."""
 DROPPED = 13
 """Bits of the mantissa that float32 has and half precision has not."""
 TOO_LARGE = "the network's logits are too large for nnU-Net's sums in half precision; use --profile balanced"
-BLOCK = 1 << 18
-"""Logits worked on at once: few enough for the caches, and so many that threads do not wait for the interpreter."""
 
 
 def to_half(values: NDArray[np.float32], out: Half) -> None:
@@ -112,18 +110,14 @@ class HalfSums(Sums):
         """Logits of all folds."""
         return int((features if self._head is None else self._head).shape[-1])
 
-    def add_row(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
-        """Add `features` (h, w, F), weighted by `weights` (h, w), to `total` (h, w, K * C)."""
-        height, width, channels = total.shape
-        rows = max(1, BLOCK // (width * channels))
-        for first in range(0, height, rows):
-            part = slice(first, first + rows)
-            product = self._weighted(features[part], weights[part])
-            product += to_single(total[part])
-            try:
-                to_half(product, total[part])
-            except OverflowError:
-                raise BackendError(_reason(features)) from None
+    def add_piece(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
+        """Add `features` (d, h, w, F), weighted by `weights` (d, h, w), to `total` (d, h, w, K * C)."""
+        product = self._weighted(features, weights)
+        product += to_single(total)
+        try:
+            to_half(product, total)
+        except OverflowError:
+            raise BackendError(_reason(features)) from None
 
     def _weighted(self, features: Features, weights: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits times weights: features are weighted instead, because they are fewer."""
@@ -136,17 +130,14 @@ class HalfSums(Sums):
         product = block.reshape(-1, len(self._head)) @ self._head
         return product.reshape(*weights.shape, -1)
 
-    def divide_row(self, total: Features, weights: Features) -> None:
-        """Divide `total` (h, w, K * C) by `weights` (h, w)."""
-        rows = max(1, BLOCK // (total.shape[1] * total.shape[2]))
-        for first in range(0, len(total), rows):
-            part = total[first : first + rows]
-            quotient = to_single(part)
-            quotient /= to_single(weights[first : first + rows])[..., None]
-            try:
-                to_half(quotient, part)
-            except OverflowError:
-                raise BackendError(TOO_LARGE) from None
+    def divide_piece(self, total: Features, weights: Features) -> None:
+        """Divide `total` (d, h, w, K * C) by `weights` (d, h, w)."""
+        quotient = to_single(total)
+        quotient /= to_single(weights)[..., None]
+        try:
+            to_half(quotient, total)
+        except OverflowError:
+            raise BackendError(TOO_LARGE) from None
 
     def take(self, where: Index) -> Features:
         """The mean logits (d, h, w, C) of all folds in the block that begins at `where`; its sums are dropped."""

@@ -24,6 +24,8 @@ from edgemuse.runtime.types import Features, Image, Shape
 
 Infer = Callable[[NDArray[np.float32]], Features]
 """(d, h, w) -> (d, h, w, F)"""
+PIECE = 1 << 19
+"""Numbers worked on at once: few enough for the caches, and so many that threads do not wait for the interpreter."""
 MOST_VALUES = 1 << 30
 """In one feature map: libraries count in 32 bits."""
 
@@ -152,15 +154,15 @@ class Sums:
 
     def add(self, features: Features, corner: Index) -> None:
         """Add the features (d, h, w, F) of a tile that begins at `corner`."""
-        rows = []
+        pieces = []
         for where, part, tile in self._touched(corner):
             if where not in self.blocks:
                 self.blocks[where] = self._new_block(where, self.channels(features))
             total, weights = self.blocks[where]
             weights[part] += self.window[tile]
-            rows += list(zip(total[part], features[tile], self.window[tile], strict=True))
-        # row by row, so that a product stays in the processor's cache
-        list(self.pool.map(lambda row: self.add_row(*row), rows))
+            whole = (total[part], features[tile], self.window[tile])
+            pieces += [[array[piece] for array in whole] for piece in _pieces(whole[0].shape)]
+        list(self.pool.map(lambda piece: self.add_piece(*piece), pieces))
 
     def _touched(self, corner: Index) -> Iterator[tuple[Index, Part, Part]]:
         """The blocks that a tile at `corner` touches: where each begins, and the part of it and of the tile."""
@@ -175,8 +177,8 @@ class Sums:
         shape = [edges[edges.index(low) + 1] - low for edges, low in zip(self._edges, where, strict=True)]
         return np.zeros((*shape, channels), self.dtype), np.zeros(shape, self.dtype)
 
-    def add_row(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
-        """Add `features` (h, w, F), weighted by `weights` (h, w), to `total`."""
+    def add_piece(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
+        """Add `features` (d, h, w, F), weighted by `weights` (d, h, w), to `total`."""
         total += features * weights[..., None].astype(total.dtype, copy=False)
 
     def finished(self, corner: Index, following: Sequence[float]) -> list[Index]:
@@ -195,12 +197,22 @@ class Sums:
     def take(self, where: Index) -> Features:
         """The weighted mean (d, h, w, F) of the block that begins at `where`; its sums are dropped."""
         total, weights = self.blocks.pop(where)
-        list(self.pool.map(self.divide_row, total, weights))
+        list(self.pool.map(lambda piece: self.divide_piece(total[piece], weights[piece]), _pieces(total.shape)))
         return total
 
-    def divide_row(self, total: Features, weights: Features) -> None:
-        """Divide `total` (h, w, F) by `weights` (h, w)."""
+    def divide_piece(self, total: Features, weights: Features) -> None:
+        """Divide `total` (d, h, w, F) by `weights` (d, h, w)."""
         total /= weights[..., None]
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Cut (d, h, w, F) along depth, and along height where a plane is large, to about `PIECE` numbers each."""
+    depth, height, width, channels = shape
+    row = width * channels
+    deep = max(PIECE // (height * row), 1)
+    high = max(PIECE // row, 1) if deep == 1 else height
+    for d, h in itertools.product(range(0, depth, deep), range(0, height, high)):
+        yield slice(d, d + deep), slice(h, h + high)
 
 
 NewSums = Callable[[TilePlan, NDArray[np.float32], Executor, bool], Sums]

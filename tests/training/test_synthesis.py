@@ -23,6 +23,7 @@ from edgemuse.training.synthesis import (
     paint,
     sample_labels,
     smooth_by,
+    usual_look,
 )
 
 SHAPE = (24, 32, 16)
@@ -103,6 +104,28 @@ def test_most_contrasts_are_those_of_t1():
     looks = [draw_look(generator(4, n)).means for n in range(200)]
     usual = [means[24] < means[3] < means[2] for means in looks]
     assert 0.75 < np.mean(usual) < 0.97
+
+
+@few
+@given(seed=seeds, stripped=st.booleans())
+def test_usual_scans_have_the_contrast_of_t1_at_1_mm(seed, stripped):
+    look = usual_look(generator(8, seed), stripped)
+    assert look.voxel == (1.0, 1.0, 1.0)
+    assert (look.stripped is not None) == stripped
+    assert 0.01 <= look.noise <= 0.04
+    assert look.means[24] < look.means[3] < look.means[2]
+
+
+def test_a_share_of_the_patches_is_of_usual_scans(head, monkeypatch):
+    drawn = []
+    for name in ("usual_look", "draw_look"):
+        draw = getattr(synthesis, name)
+        monkeypatch.setattr(synthesis, name, lambda *a, name=name, draw=draw: drawn.append(name) or draw(*a))
+    for n in range(24):
+        draw_patch([head], (8, 8, 8), 2.0, generator(9, n))
+    usual = drawn.count("usual_look")
+    assert 4 <= usual <= 20
+    assert drawn.count("draw_look") == 24  # a usual look is made from any
 
 
 def test_a_grown_mask_holds_the_brain(head):

@@ -1,5 +1,6 @@
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def finish(run, head, output):
 
 
 def test_the_rate_rises_stays_and_falls():
-    plan = train.Plan(1000, 2.0, warm_up=10)
+    plan = train.Plan(1000, 2.0, warm_up=10, fall=0.4)
     assert plan.rate_at(0) == pytest.approx(0.2)
     assert plan.rate_at(500) == 2.0
     assert plan.rate_at(800) == pytest.approx(1.0)
@@ -64,6 +65,21 @@ def test_rare_classes_weigh_more(head):
     weights = train.class_weights([head])
     present = {index: weights[INDICES.index(index)] for index in (0, 2, 3, 10)}
     assert present[10] > present[3] > present[0]
+
+
+@pytest.mark.parametrize(("weighted", "value"), [(True, 2.0), (False, 1.0)])
+def test_classes_may_count_alike(weighted, value, small, head, tmp_path, monkeypatch):
+    seen, loss = [], train.total_loss
+
+    def hear(outputs, target, weights):
+        seen.extend(weights.tolist())
+        return loss(outputs, target, weights)
+
+    monkeypatch.setattr(train, "class_weights", lambda _: torch.full((train.CLASSES,), 2.0))
+    monkeypatch.setattr(train, "total_loss", hear)
+    plan = replace(PLAN, steps=1, weighted=weighted)
+    train.train(train.new_run(FEATURES, "cpu", None), plan, [head], [head], tmp_path)
+    assert set(seen) == {value}
 
 
 def test_an_interrupted_run_ends_where_a_whole_one_does(small, head, tmp_path):
