@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class Case:
         timed: the scan that is measured, LPS.
         others: scans that only the labels are compared of, LPS.
         truth: label map of `timed`, if one is known.
+        unmirrored: the bundle as if the checkpoint allowed no mirroring, if that is measured too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     timed: Path
     others: tuple[Path, ...] = ()
     truth: Path | None = None
+    unmirrored: Path | None = None
 
 
 def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
@@ -59,7 +61,8 @@ def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
     scan = dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
     plain = _exported(folder, work / "fp32.bundle", ExportOptions(orientation="LPS"), progress)
     bundle = _all_precisions(plain, work / "all.bundle", scan, progress, CORNER)
-    return Case("DLMUSE's network, random weights", bundle, folder, scan)
+    unmirrored = without_mirroring(bundle, work / "unmirrored.bundle")
+    return Case("DLMUSE's network, random weights", bundle, folder, scan, unmirrored=unmirrored)
 
 
 def trained(name: str, plain: Path, folder: Path | None, shared: Path, work: Path, progress: Progress) -> Case:
@@ -109,6 +112,16 @@ def _all_precisions(plain: Path, output: Path, scan: Path, progress: Progress, s
         graphs = {"int8": quantise(graph, patches).graph(), "fp16": half_precision(graph)}
         files = {name: source.read(name) for name in source.manifest.files}
         write_bundle(output, *Work(source, output.parent, files, progress).draft(graphs))
+    return output
+
+
+def without_mirroring(bundle: Path, output: Path) -> Path:
+    """A copy of `bundle` as if the checkpoint allowed no mirroring."""
+    if not output.exists():
+        source = open_bundle(bundle)
+        network = replace(source.manifest.network, mirror_axes=())
+        files = {name: source.read(name) for name in source.manifest.files}
+        write_bundle(output, replace(source.manifest, network=network), files)
     return output
 
 

@@ -127,6 +127,9 @@ def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
         name = f"{setting.profile} | {setting.backend} | {setting.precision}"
         times = 0 if other else repeats
         ours.append(System(name, ("--profile", setting.profile, *options), repeats=times))
+        if (setting.profile, setting.precision) == ("reference", "fp32") and case.unmirrored:
+            arguments = (*ours[-1].arguments, "--model", str(case.unmirrored))
+            ours.append(System(f"reference, mirroring off | {setting.backend} | fp32", arguments, repeats=times))
         if (setting.precision, setting.profile, setting.backend) == ("int8", "fast", preferred) and not case.truth:
             limited = (*ours[-1].arguments, "--max-ram", SMALL_RAM)
             ours.append(System(f"fast, --max-ram {SMALL_RAM} | {setting.backend} | int8", limited, repeats=repeats))

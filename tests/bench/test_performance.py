@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +16,7 @@ for library in ("torch", "nnunetv2", "nncf"):
     pytest.importorskip(library, reason=f"needs {library}: pip install 'edgemuse[bench,calibrate]'")
 
 from edgemuse.bench import performance
-from edgemuse.bench.cases import Case
+from edgemuse.bench.cases import Case, without_mirroring
 from edgemuse.bench.performance import Bench, RowCache, summarise, systems
 from edgemuse.bench.performance_report import report
 from edgemuse.bench.process import ProcessFailure, Run
@@ -59,6 +60,17 @@ def test_systems_begin_with_what_the_others_are_compared_with(case: Case) -> Non
     case = Case(case.name, case.bundle, Path("folder"), case.timed)
     modes = [system.nnunet for system in systems(case, open_bundle(case.bundle), 3) if system.nnunet]
     assert modes == ["off", "on"]
+
+
+def test_reference_is_measured_without_mirroring_too(bench: Bench, tmp_path: Path) -> None:
+    """On a copy of the bundle; what the others are compared with still comes first."""
+    plain = without_mirroring(bench.case.bundle, tmp_path / "unmirrored.bundle")
+    case = replace(bench.case, unmirrored=plain)
+    every = systems(case, bench.bundle, 1)[:2]
+    assert [system.name for system in every] == [f"reference{how} | openvino | fp32" for how in ("", ", mirroring off")]
+    bench = replace(bench, case=case, systems=every)
+    bench.run_all()
+    assert [row["copies"] for row in bench.rows.of(number=0)] == [2, 1]
 
 
 def test_first_runs_are_cold_and_the_others_take_turns(bench: Bench) -> None:
