@@ -30,6 +30,7 @@ class ONNXRuntimeEngine:
     """One inference session."""
 
     backend = "onnxruntime"
+    lighter_from_cache = False
     version = str(ort.__version__)
 
     def __init__(self, options: EngineOptions, shape: TileShape) -> None:

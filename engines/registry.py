@@ -153,15 +153,18 @@ def build_engine(
 
 
 def _open_cached(engine: Any, graph: bytes, folder: Path, key: str) -> None:
-    blob = cache.load(folder, key)
-    if blob is not None and engine.load(blob):
+    if _load(engine, folder, key):
         log.info("engine from cache: %s", key)
         return
     cache.store(folder, key, engine.build(graph, keep=True))
-    if getattr(engine, "lighter_from_cache", False):  # if it cannot be loaded, what was built stays
-        blob = cache.load(folder, key)
-        if blob is not None:
-            engine.load(blob)
+    if engine.lighter_from_cache:
+        _load(engine, folder, key)  # if it is refused, what was built stays
+
+
+def _load(engine: Any, folder: Path, key: str) -> bool:
+    """Whether `engine` is ready to run from what is stored under `key`."""
+    blob = cache.load(folder, key)
+    return blob is not None and bool(engine.load(blob))
 
 
 def _facts(engine: Any, graph: bytes, shape: TileShape) -> dict[str, object]:

@@ -112,6 +112,7 @@ class TensorRTEngine:
     """
 
     backend = "tensorrt"
+    lighter_from_cache = False
     version = f"{LIBRARY} {trt.__version__}"
 
     def __init__(self, options: EngineOptions, shape: TileShape, capability: str | None = None) -> None:

@@ -186,12 +186,10 @@ class Sums:
 
         `following`: along each axis, where the next tiles begin, or infinity.
         """
-        axes = []
-        for edges, first, limit in zip(self._edges, corner, following, strict=True):
-            if len(edges) == 2:  # one block, which the last tile finishes
-                axes.append(edges[:1] if limit == math.inf else [])
-            else:
-                axes.append([edge for edge in edges[:-1] if first <= edge < limit])
+        axes = [
+            [low for low, high in pairwise(edges) if first < high <= limit]
+            for edges, first, limit in zip(self._edges, corner, following, strict=True)
+        ]
         return [(d, h, w) for d, h, w in itertools.product(*axes)]
 
     def take(self, where: Index) -> Features:
