@@ -283,7 +283,7 @@ class Segmenter:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
         half, network = self.profile.half_sums, self.network
-        new_sums = partial(HalfSums, head=self.head) if half else None
+        new_sums = partial(HalfSums, head=self.head, threads=self.threads) if half else None
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head, Resampling
-from edgemuse.runtime.half_sums import HalfSums, fold_head, rounded, to_half, to_single
+from edgemuse.runtime.half_sums import HalfSums, fold_head, rounded, to_single
 from edgemuse.runtime.head import label_blocks
 from edgemuse.runtime.resample import output_matrices
 from edgemuse.runtime.tiles import gaussian_window, merge_tiles, plan_tiles
@@ -23,46 +22,16 @@ FINITE = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 FINITE = FINITE[np.isfinite(FINITE)]
 
 
-def halves(values):
-    out = np.empty(values.shape, np.float16)
-    to_half(values.copy(), out)
-    return out
-
-
-def test_every_half_becomes_single_and_back():
+def test_every_half_becomes_single():
     np.testing.assert_array_equal(to_single(FINITE), FINITE.astype(np.float32))
-    np.testing.assert_array_equal(halves(FINITE.astype(np.float32)).view(np.uint16), FINITE.view(np.uint16))
 
 
 def test_numbers_between_two_halves_go_to_the_nearest_and_ties_to_even():
-    positive = np.sort(FINITE[FINITE >= 0].astype(np.float32))
+    positive = np.sort(FINITE[FINITE >= 2.0**-14].astype(np.float32))
     middle = (positive[1:] + positive[:-1]) / 2
-    step = np.maximum(np.spacing(middle), np.float32(2.0**-36))
-    for values in (middle, middle - step, middle + step):
+    for values in (middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))):
         for signed in (values, -values):
-            np.testing.assert_array_equal(halves(signed), signed.astype(np.float16))
-            normal = np.abs(signed) >= 2.0**-14
-            np.testing.assert_array_equal(rounded(signed[normal]), signed[normal].astype(np.float16))
-
-
-@given(arrays(np.float32, 50, elements=st.floats(-65519, 65519, width=32)))
-def test_numbers_of_any_size_are_rounded_as_numpy_rounds_them(values):
-    normal = values[np.abs(values) >= 2.0**-14]
-    np.testing.assert_array_equal(halves(normal), normal.astype(np.float16))
-    np.testing.assert_allclose(halves(values), values.astype(np.float16), rtol=0, atol=2.0**-24)
-
-
-@pytest.mark.parametrize("value", [65520, -65520, np.inf, -np.inf, np.nan])
-def test_what_half_precision_cannot_hold_is_refused(value):
-    with pytest.raises(OverflowError):
-        to_half(np.array([1, value], np.float32), np.empty(2, np.float16))
-
-
-def test_half_views_are_written_in_place():
-    out = np.zeros((4, 6, 3), np.float16)
-    to_half(np.full((2, 3, 3), 1.5, np.float32), out[1:3, ::2])
-    assert (out[1:3, ::2] == 1.5).all()
-    assert out.sum() == 1.5 * 18
+            np.testing.assert_array_equal(rounded(signed.copy()), signed.astype(np.float16))
 
 
 @settings(max_examples=30, deadline=None)
@@ -155,12 +124,20 @@ def test_the_head_of_each_fold():
     np.testing.assert_allclose(every.weight @ features + every.bias, np.concatenate(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("value", "reason"), [(1e6, "too large .* --profile balanced"), (np.nan, "NaN or infinity")])
-def test_logits_that_cannot_be_added_up_are_refused(value, reason):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_refused(value):
     with ThreadPoolExecutor(1) as pool:
         sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True)
-        with pytest.raises(BackendError, match=reason):
+        with pytest.raises(BackendError, match="NaN or infinity"):
             sums.add(np.full((2, 2, 2, 3), value, np.float32), (0, 0, 0))
+
+
+def test_logits_that_cannot_be_added_up_are_refused():
+    with ThreadPoolExecutor(1) as pool:
+        sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True)
+        sums.add(np.full((2, 2, 2, 3), 1e6, np.float32), (0, 0, 0))
+        with pytest.raises(BackendError, match=r"too large .* --profile balanced"):
+            sums.take((0, 0, 0))
 
 
 def test_means_that_cannot_be_held_are_refused():
