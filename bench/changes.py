@@ -30,6 +30,7 @@ from edgemuse.runtime import picture
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Head, Resampling, open_bundle
 from edgemuse.runtime.geometry import voxel_mm3
+from edgemuse.runtime.half_sums import HalfSums
 from edgemuse.runtime.head import BLOCK, label_blocks
 from edgemuse.runtime.labels import Label
 from edgemuse.runtime.muse import muse_labels
@@ -38,7 +39,8 @@ from edgemuse.runtime.preprocess import nonzero_box
 from edgemuse.runtime.quality import APART_MM3, NOISE, apart, contrast_to_noise, noise
 from edgemuse.runtime.resample import resample_image, resampled_shape
 from edgemuse.runtime.scan import open_scan, read_image
-from edgemuse.runtime.types import Labels, Shape
+from edgemuse.runtime.tiles import plan_tiles
+from edgemuse.runtime.types import Half, Labels, Shape
 
 ROUNDS = 5
 SPACING = (1.5, 1.5, 1.5)
@@ -121,6 +123,7 @@ def changes(shared: Path) -> Iterator[Change]:
         lambda: [contrast_to_noise(shown, inside)],
     )
     yield from _head()
+    yield from _half_sums()
     yield from _int8()
     yield Change(
         "picture: slices as views, not np.take, which walks through the volume",
@@ -130,13 +133,42 @@ def changes(shared: Path) -> Iterator[Change]:
     )
 
 
-def _head() -> Iterator[Change]:
-    rng = np.random.default_rng(1)  # whole numbers, of which sums are exact in any order
-    features = rng.integers(-8, 9, HEAD_SHAPE).astype(np.float32)
-    head = Head(
-        rng.integers(-8, 9, (CLASSES, HEAD_SHAPE[-1])).astype(np.float32),
-        rng.integers(-8, 9, CLASSES).astype(np.float32),
+def _whole_numbers() -> tuple[NDArray[np.float32], Head]:
+    """Features of `HEAD_SHAPE` and a head, of which sums are exact in any order."""
+    rng = np.random.default_rng(1)
+    features, weight, bias = (
+        rng.integers(-8, 9, shape).astype(np.float32) for shape in (HEAD_SHAPE, (CLASSES, HEAD_SHAPE[-1]), CLASSES)
     )
+    return features, Head(weight, bias)
+
+
+def _half_sums() -> Iterator[Change]:
+    features, head = _whole_numbers()
+    plan = plan_tiles(HEAD_SHAPE[:3], HEAD_SHAPE[:3], 1.0)
+    window = np.full(HEAD_SHAPE[:3], 3, np.float32)
+
+    def by_numpy() -> list[Half]:
+        total = np.zeros((window.size, CLASSES), np.float16)
+        logits = features.reshape(window.size, -1) @ head.weight.T + head.bias
+        total += logits * window.reshape(-1, 1)
+        return [total.reshape(*window.shape, CLASSES)]
+
+    def by_openvino() -> list[Half]:
+        with ThreadPoolExecutor(cpu_cores()) as pool:
+            sums = HalfSums(plan, window, pool, True, head, cpu_cores())
+            sums.add(features, (0, 0, 0))
+            return [total for total, _ in sums.blocks.values()]
+
+    yield Change(
+        "infer, `reference`: sums in half precision by OpenVINO, piece by piece, not by NumPy",
+        "5 times faster",
+        by_numpy,
+        by_openvino,
+    )
+
+
+def _head() -> Iterator[Change]:
+    features, head = _whole_numbers()
     depth, height, width, _ = HEAD_SHAPE
     yield Change(
         "head: one BLAS thread for each row at work, and the bias as one more feature",
