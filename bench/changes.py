@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from edgemuse.bench import scans
 from edgemuse.bench.performance_report import table
+from edgemuse.calibration.scans import Source, calibration_patches
 from edgemuse.engines.hardware import cpu_cores
 from edgemuse.engines.openvino import OpenVINOEngine
 from edgemuse.engines.openvino_rewrites import put_channels_last
@@ -124,7 +125,7 @@ def changes(shared: Path) -> Iterator[Change]:
     )
     yield from _head()
     yield from _half_sums()
-    yield from _int8()
+    yield from _int8(head.path)
     yield Change(
         "picture: slices as views, not np.take, which walks through the volume",
         "9 walks saved",
@@ -191,10 +192,10 @@ def _labels(features: NDArray[np.float32], head: Head) -> Labels:
         return np.stack(list(pool.map(row, features)))
 
 
-def _int8() -> Iterator[Change]:
+def _int8(scan: Path) -> Iterator[Change]:
     bundle = open_bundle(BUILT_IN)
     tile = (1, 1, *bundle.manifest.network.patch)
-    batch = np.random.default_rng(2).normal(size=tile).astype(np.float32)
+    batch = calibration_patches([Source(scan, "", None)], bundle.manifest.network)[0]
     model = ov.Core().read_model(bundle.graph("int8"))
     model.reshape(list(tile))
     put_channels_last(model)
