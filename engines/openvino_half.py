@@ -5,7 +5,7 @@ Both round to the nearest, halves to even, and give infinity for what half preci
 
 from __future__ import annotations
 
-import threading
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -46,20 +46,24 @@ def divider(threads: int) -> Operation:
 
 
 class Operation:
-    """A compiled operation that several threads may call at once, each with a request of its own."""
+    """A compiled operation that `threads` may call at once."""
 
     def __init__(self, parameters: list[Any], result: Any, threads: int) -> None:
         config = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads}
         model = ov.Model([opset13.convert(result, "f16")], parameters)
-        self._compiled = ov.Core().compile_model(model, "CPU", config)
-        self._own = threading.local()
+        compiled = ov.Core().compile_model(model, "CPU", config)
+        self._idle = SimpleQueue[ov.InferRequest]()  # requests of threads that have ended would keep their memory
+        for _ in range(threads):
+            self._idle.put(compiled.create_infer_request())
 
     def __call__(self, *arrays: NDArray[Any]) -> Half:
-        """The result, valid until this thread's next call."""
-        if not hasattr(self._own, "request"):
-            self._own.request = self._compiled.create_infer_request()
+        """The result, an array of its own."""
         shared = (np.require(array, requirements=["C", "W"]) for array in arrays)  # a tensor wants both
         tensors = [ov.Tensor(array, shared_memory=True) for array in shared]
-        self._own.request.infer(tensors, share_outputs=True)
-        result: Half = self._own.request.get_output_tensor(0).data
-        return result
+        request = self._idle.get()
+        try:
+            request.infer(tensors, share_outputs=True)
+            result: Half = request.get_output_tensor(0).data.copy()
+            return result
+        finally:
+            self._idle.put(request)
