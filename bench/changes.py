@@ -31,7 +31,7 @@ from edgemuse.runtime import picture
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Head, Resampling, open_bundle
 from edgemuse.runtime.geometry import voxel_mm3
-from edgemuse.runtime.half_sums import Arithmetic, HalfSums
+from edgemuse.runtime.half_sums import HalfSums
 from edgemuse.runtime.head import BLOCK, label_blocks
 from edgemuse.runtime.labels import Label
 from edgemuse.runtime.muse import muse_labels
@@ -156,7 +156,7 @@ def _half_sums() -> Iterator[Change]:
 
     def by_openvino() -> list[Half]:
         with ThreadPoolExecutor(cpu_cores()) as pool:
-            sums = HalfSums(plan, window, pool, True, Arithmetic(head, cpu_cores()))
+            sums = HalfSums(plan, window, pool, True, head, cpu_cores())
             sums.add(features, (0, 0, 0))
             return [total for total, _ in sums.blocks.values()]
 

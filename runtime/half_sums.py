@@ -22,8 +22,7 @@ UP = np.float32(2.0**112)
 bits are the upper bits of the float32, for subnormal numbers as well."""
 DROPPED = 13
 """Bits of the mantissa that float32 has and half precision has not."""
-INFINITY = 0x7C00
-"""Bits of infinity in half precision; those of NaN are larger."""
+NOT_FINITE = "the network returned NaN or infinity; try --precision fp32 or another --backend"
 TOO_LARGE = "the network's logits are too large for nnU-Net's sums in half precision; use --profile balanced"
 
 
@@ -60,68 +59,63 @@ def fold_head(head: Head) -> Head:
     return Head(weight.reshape(folds * classes, -1), head.fold_bias.reshape(-1))
 
 
-class Arithmetic:
-    """What `HalfSums` computes with, compiled for each scan: kept, it takes several MB more with each.
-
-    Args:
-        head: from features to logits; None where the network returns logits, those of all folds together.
-        threads: that add up at once.
-    """
-
-    def __init__(self, head: Head | None = None, threads: int = 1) -> None:
-        from edgemuse.engines import openvino_half  # takes a while, and other profiles do without
-
-        self.folds = 1 if head is None else head.folds
-        every = None if head is None else fold_head(head)
-        self.channels = None if every is None else len(every.weight)
-        self.add = openvino_half.adder((every.weight, every.bias) if every else None, threads)
-        self.divide = openvino_half.divider(threads)
-
-
 class HalfSums(Sums):
     """Sums of logits in half precision, of each fold apart.
 
     Args:
         plan, window, pool, slabs: as for `Sums`.
-        arithmetic: for as many threads as `pool` has.
+        head: from features to logits; None where the network returns logits, those of all folds together.
+        threads: of `pool`.
     """
 
     dtype = np.float16
 
     def __init__(
-        self, plan: TilePlan, window: NDArray[np.float32], pool: Executor, slabs: bool, arithmetic: Arithmetic
+        self,
+        plan: TilePlan,
+        window: NDArray[np.float32],
+        pool: Executor,
+        slabs: bool,
+        head: Head | None = None,
+        threads: int = 1,
     ) -> None:
         super().__init__(plan, window, pool, slabs)
-        self._arithmetic = arithmetic
+        from edgemuse.engines import openvino_half  # takes a while, and other profiles do without
+
+        self.folds = 1 if head is None else head.folds
+        self._head = None if head is None else fold_head(head)
+        # compiled for each scan: if it is kept, memory grows by several MB with every scan
+        self._add = openvino_half.adder((self._head.weight, self._head.bias) if self._head else None, threads)
+        self._divide = openvino_half.divider(threads)
 
     def channels(self, features: Features) -> int:
         """Logits of all folds."""
-        return self._arithmetic.channels or int(features.shape[-1])
+        return int(features.shape[-1] if self._head is None else len(self._head.weight))
 
     def add_piece(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
         """Add the logits of `features` (d, h, w, F), weighted by `weights` (d, h, w), to `total` (d, h, w, K * C)."""
         if not np.isfinite(features.sum()):
-            raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
-        total[...] = self._arithmetic.add(_rows(total), _rows(features), weights.reshape(-1, 1)).reshape(total.shape)
+            raise BackendError(NOT_FINITE)
+        total[...] = self._add(_rows(total), _rows(features), weights.reshape(-1, 1)).reshape(total.shape)
 
     def divide_piece(self, total: Features, weights: Features) -> None:
         """Divide `total` (d, h, w, K * C) by `weights` (d, h, w)."""
-        quotient = self._arithmetic.divide(_rows(total), weights.reshape(-1, 1))
-        if ((quotient.view(np.uint16) & INFINITY) == INFINITY).any():
+        quotient = self._divide(_rows(total), weights.reshape(-1, 1))
+        if not np.isfinite(quotient).all():
             raise BackendError(TOO_LARGE)
         total[...] = quotient.reshape(total.shape)
 
     def take(self, where: Index) -> Features:
         """The mean logits (d, h, w, C) of all folds in the block that begins at `where`; its sums are dropped."""
-        block, folds = super().take(where), self._arithmetic.folds
-        if folds == 1:
+        block = super().take(where)
+        if self.folds == 1:
             return block
-        first, *others = np.moveaxis(block.reshape(*block.shape[:-1], folds, -1), -2, 0)
+        first, *others = np.moveaxis(block.reshape(*block.shape[:-1], self.folds, -1), -2, 0)
         mean: Half = first.copy()
         with np.errstate(over="ignore"):  # what follows looks for infinity
             for other in others:
                 mean += other
-        mean /= np.float16(folds)
+        mean /= np.float16(self.folds)
         if not np.isfinite(mean).all():
             raise BackendError(TOO_LARGE)
         return mean

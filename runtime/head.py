@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head
-from edgemuse.runtime.half_sums import rounded, to_single
+from edgemuse.runtime.half_sums import NOT_FINITE, rounded, to_single
 from edgemuse.runtime.resample import AxisMatrices
 from edgemuse.runtime.tiles import Block, Index
 from edgemuse.runtime.types import Features, Labels, Shape
@@ -87,7 +87,7 @@ def label_blocks(
         single = to_single(rows) if half else rows.astype(np.float32, copy=False)
         mixed = single[0] if weights is None else np.tensordot(weights, single, 1)
         if not np.isfinite(mixed.sum()):
-            raise BackendError("the network returned NaN or infinity; try --precision fp32 or another --backend")
+            raise BackendError(NOT_FINITE)
         resampled = _resample_plane(mixed, *plane)
         if half and any(matrix is not None for matrix in matrices):
             resampled = rounded(np.ascontiguousarray(resampled))

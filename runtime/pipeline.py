@@ -31,7 +31,7 @@ from edgemuse.engines.registry import open_engine
 from edgemuse.runtime import outputs, picture, quality
 from edgemuse.runtime.bundle import Bundle, Network
 from edgemuse.runtime.geometry import orientation, shape_of, voxel_mm3
-from edgemuse.runtime.half_sums import Arithmetic, HalfSums
+from edgemuse.runtime.half_sums import HalfSums
 from edgemuse.runtime.head import class_dtype, label_blocks
 from edgemuse.runtime.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
 from edgemuse.runtime.memory import MemoryPlan, check_memory, memory_limit, plan_memory
@@ -283,7 +283,7 @@ class Segmenter:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
         done = iter(range(1, plan.count + 1))
         half, network = self.profile.half_sums, self.network
-        new_sums = partial(HalfSums, arithmetic=Arithmetic(self.head, self.threads)) if half else None
+        new_sums = partial(HalfSums, head=self.head, threads=self.threads) if half else None
         matrices = output_matrices(
             plan.shape, network.spacing, prepared.box_shape, prepared.spacing, network.output_resampling
         )

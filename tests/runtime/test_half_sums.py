@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.runtime.bundle import Head, Resampling
-from edgemuse.runtime.half_sums import Arithmetic, HalfSums, fold_head, rounded, to_single
+from edgemuse.runtime.half_sums import HalfSums, fold_head, rounded, to_single
 from edgemuse.runtime.head import label_blocks
 from edgemuse.runtime.resample import output_matrices
 from edgemuse.runtime.tiles import gaussian_window, merge_tiles, plan_tiles
@@ -87,9 +87,7 @@ def test_labels_are_those_of_nnunets_steps_in_pytorch(shape, patch, target, fold
 
     merged_weight = np.concatenate(list(weights), axis=1) / np.float32(folds)
     head = Head(merged_weight, biases.mean(0), biases if folds > 1 else None) if deferred else None
-    blocks = merge_tiles(
-        image, plan, infer, new_sums=partial(HalfSums, arithmetic=Arithmetic(head)), slabs=target is not None
-    )
+    blocks = merge_tiles(image, plan, infer, new_sums=partial(HalfSums, head=head), slabs=target is not None)
     labels = label_blocks(blocks, None, classes, matrices, target or shape, half=True)
     chosen = np.take_along_axis(expected, labels[None].astype(np.int64), 0)[0]
     if target is None:  # sums of whole numbers are exact, and so is every rounding
@@ -112,7 +110,7 @@ def test_single_precision_gives_other_labels():
     none = (None, None, None)
     single = label_blocks(merge_tiles(image, plan, infer), head, 30, none, image.shape)
     half = label_blocks(
-        merge_tiles(image, plan, infer, new_sums=partial(HalfSums, arithmetic=Arithmetic(head))),
+        merge_tiles(image, plan, infer, new_sums=partial(HalfSums, head=head)),
         None,
         30,
         none,
@@ -134,14 +132,14 @@ def test_the_head_of_each_fold():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_features_that_are_no_numbers_are_refused(value):
     with ThreadPoolExecutor(1) as pool:
-        sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True, arithmetic=Arithmetic())
+        sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True)
         with pytest.raises(BackendError, match="NaN or infinity"):
             sums.add(np.full((2, 2, 2, 3), value, np.float32), (0, 0, 0))
 
 
 def test_logits_that_cannot_be_added_up_are_refused():
     with ThreadPoolExecutor(1) as pool:
-        sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True, arithmetic=Arithmetic())
+        sums = HalfSums(ONE, gaussian_window(ONE.patch), pool, slabs=True)
         sums.add(np.full((2, 2, 2, 3), 1e6, np.float32), (0, 0, 0))
         with pytest.raises(BackendError, match=r"too large .* --profile balanced"):
             sums.take((0, 0, 0))
@@ -150,14 +148,14 @@ def test_logits_that_cannot_be_added_up_are_refused():
 def test_means_that_cannot_be_held_are_refused():
     """Of a weight below 1, and of folds."""
     with ThreadPoolExecutor(1) as pool:
-        sums = HalfSums(ONE, np.full((2, 2, 2), 0.25, np.float32), pool, slabs=True, arithmetic=Arithmetic())
+        sums = HalfSums(ONE, np.full((2, 2, 2), 0.25, np.float32), pool, slabs=True)
         sums.add(np.full((2, 2, 2, 3), 60000, np.float32), (0, 0, 0))
         _, weights = sums.blocks[0, 0, 0]
         weights /= 2
         with pytest.raises(BackendError, match="too large"):
             sums.take((0, 0, 0))
         head = Head(np.ones((3, 2), "f4") / 2, np.zeros(3, "f4"), np.zeros((2, 3), "f4"))
-        sums = HalfSums(ONE, np.ones((2, 2, 2), np.float32), pool, slabs=True, arithmetic=Arithmetic(head))
+        sums = HalfSums(ONE, np.ones((2, 2, 2), np.float32), pool, slabs=True, head=head)
         sums.add(np.full((2, 2, 2, 2), 60000, np.float32), (0, 0, 0))
         with pytest.raises(BackendError, match="too large"):
             sums.take((0, 0, 0))
