@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -15,6 +16,10 @@ CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """Folder, limit, usage, and the part of the usage that is page cache, given back under pressure."""
+M_MMAP_THRESHOLD = -3
+"""The name of that option in glibc's malloc.h."""
+LARGE = 4 << 20
+"""Bytes of an array from which on it is mapped: images and sums, not the small ones of inner loops."""
 
 
 def cpu_name() -> str:
@@ -66,6 +71,16 @@ def peak_memory(pid: int | None = None) -> int:
         return peak if sys.platform == "darwin" else peak * 1024
     memory = psutil.Process(pid).memory_info()
     return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def map_large_arrays() -> None:
+    """Have glibc map arrays of `LARGE` bytes and more in this process, so that their memory goes when they do.
+
+    By itself it takes them from its heap as soon as one of their size was freed; there, whatever was allocated after
+    them holds them.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library, or Windows
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def machine() -> dict[str, str | int]:

@@ -490,6 +490,7 @@ def _segment_all(
     """Segment the jobs that `find` makes for the model; returns the exit code."""
     _show_log(verbose)
     _bind_threads(engine["threads"])
+    from edgemuse.engines.hardware import map_large_arrays
     from edgemuse.runtime.bundle import open_model
     from edgemuse.runtime.extras import needs_extra
     from edgemuse.runtime.jobs import shard as part
@@ -497,6 +498,8 @@ def _segment_all(
     from edgemuse.runtime.outputs import prepare_folder
     from edgemuse.runtime.stages import segmenter_of
     from edgemuse.runtime.store import find_model
+
+    map_large_arrays()
 
     def found() -> tuple[list[Job], Screen]:
         """Last of all, because it makes the folder of the results."""

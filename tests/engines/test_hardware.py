@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,20 @@ def test_peak_memory_of_a_child_is_its_own() -> None:
     code = "from edgemuse.engines.hardware import peak_memory; print(peak_memory())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert child < ballast.nbytes / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep no large arrays in a heap")
+@pytest.mark.parametrize(("call", "kept"), [("map_large_arrays()", False), ("0", True)])
+def test_large_arrays_are_given_back(call: str, kept: bool) -> None:
+    """Those before the last one of twenty; a first one makes glibc take them from its heap unless it is told not to."""
+    code = f"""
+import numpy as np
+from edgemuse.engines.hardware import map_large_arrays, resident_memory
+{call}
+np.ones(2 << 20)
+before = resident_memory()
+last = [np.ones(1 << 20) for _ in range(20)][-1]
+print((resident_memory() - before) >> 20)
+"""
+    held = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert (held > 80) == kept

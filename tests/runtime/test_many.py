@@ -492,5 +492,4 @@ def test_memory_stays_within_the_plan_and_flat(tmp_path: Path) -> None:
         plan = segmenter.plan(open_scan(data[0]))
     bound = plan.total + plan.ahead + plan.behind
     assert more <= bound, f"{gib(more)} used, {gib(bound)} planned"
-    # an image of 8 MB kept of each of the five others would be 42 MB; what runs beside what makes 6 to 16 MB
-    assert more - few < plan.behind, f"{gib(few)} with 3 scans, {gib(more)} with 8"
+    assert more - few < plan.behind / 2, f"{gib(few)} with 3 scans, {gib(more)} with 8"
