@@ -100,6 +100,7 @@ def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
     """What `edgemuse segment --no-postprocess --no-qc` does: labels as nnU-Net gives them, and no picture."""
     _, backend, precision, profile = job.system.split("/")
     with _imports(job, stages):
+        from edgemuse.engines.hardware import map_large_arrays
         from edgemuse.engines.protocol import EngineOptions
         from edgemuse.engines.registry import open_engine
         from edgemuse.runtime import pipeline
@@ -110,6 +111,7 @@ def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
         engine.infer = stages.timed("infer", engine.infer)  # type: ignore[method-assign]
         return engine
 
+    map_large_arrays()
     with stages.stage("open"):
         engine = EngineOptions(backend, precision, threads=job.threads, cache_dir=pipeline.default_cache_dir())
         segmenter = open_segmenter(Path(job.bundle), pipeline.Options(profile, engine, postprocess=False))

@@ -16,8 +16,8 @@ CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """Folder, limit, usage, and the part of the usage that is page cache, given back under pressure."""
-M_MMAP_THRESHOLD = -3
-"""The name of that option in glibc's malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""The names of those options in glibc's malloc.h."""
 LARGE = 4 << 20
 """Bytes of an array from which on it is mapped: images and sums, not the small ones of inner loops."""
 
@@ -77,10 +77,13 @@ def map_large_arrays() -> None:
     """Have glibc map arrays of `LARGE` bytes and more in this process, so that their memory goes when they do.
 
     By itself it takes them from its heap as soon as one of their size was freed; there, whatever was allocated after
-    them holds them.
+    them holds them. As much as that stays free at the heap's end: with glibc's 128 KiB, inner loops would give memory
+    back and have it zeroed again all the time.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library, or Windows
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGE)
 
 
 def machine() -> dict[str, str | int]:
