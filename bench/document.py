@@ -131,17 +131,33 @@ def report_on(part: Part, material: Material, folder: Path, say: Callable[[str],
     say(f"{part.title}: {benchmark(request, say)}")
 
 
-def document(parts: dict[str, tuple[Part, list[Section]]], target: Path) -> dict[Path, bytes]:
-    """The page at `target` and the figures beside it, in a folder of its name."""
+def document(parts: dict[str, list[Section]], target: Path) -> dict[Path, bytes]:
+    """The page at `target` and the figures beside it, in a folder of its name; parts not given stay as they are there.
+
+    Args:
+        parts: sections of each part by its name.
+        target: Markdown file, which need not exist.
+    """
     contents: dict[Path, bytes] = {}
-    pages = ["# Benchmark", f"Written by `{COMMAND}`."]
-    for name, (part, found) in parts.items():
+    pages = ["# Benchmark", f"Written by `{COMMAND}`, a part at a time; each says by which commit and where."]
+    written = _written(target)
+    for name, part in PARTS.items():
+        if name not in parts:
+            pages += [written[part.title]] if part.title in written else []
+            continue
+        found = parts[name]
         shown = [section for section in map(partial(_shown, part.figures), found) if section is not None]
         intro = Section(part.title, f"{part.text}\n\n{shown[0].text}")
         pages.append(to_markdown([intro, *shown[1:]], 2, f"{target.stem}/{name}_"))
         contents |= {target.with_suffix("") / f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
     pages.append(to_markdown([Section("How it was measured", METHOD)], 2))
     return {target: "\n\n".join(page.rstrip() for page in pages).encode() + b"\n"} | contents
+
+
+def _written(page: Path) -> dict[str, str]:
+    """The parts of a page that was written before, by their titles."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return {part.partition("\n")[0]: f"## {part}" for part in text.split("\n## ")[1:]}
 
 
 def _shown(figures: tuple[str, ...], section: Section) -> Section | None:
@@ -160,7 +176,7 @@ def _shown(figures: tuple[str, ...], section: Section) -> Section | None:
     "--part", "names", multiple=True, type=click.Choice(list(PARTS)), help="Measure only this. [default: all]"
 )
 def main(shared: Path, work: Path, output: Path, names: tuple[str, ...]) -> None:
-    """Measure what DIR does not hold yet and write the document on all parts that it holds."""
+    """Measure what DIR does not hold yet and write the parts that it holds into the document."""
     work.mkdir(parents=True, exist_ok=True)
     materials = {name: PARTS[name].prepare(shared, work) for name in names or PARTS}
     for name, material in materials.items():
@@ -170,7 +186,7 @@ def main(shared: Path, work: Path, output: Path, names: tuple[str, ...]) -> None
     for name, part in PARTS.items():
         if (work / name / "report.html").exists():
             rows, scans = read_rows(work / name), scans_in(part.prepare(shared, work).data)
-            found[name] = (part, list(sections(work / name, rows, scans, "")))
+            found[name] = list(sections(work / name, rows, scans, ""))
     contents = document(found, output)
     output.with_suffix("").mkdir(parents=True, exist_ok=True)
     write_files(contents)

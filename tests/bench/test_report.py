@@ -26,6 +26,7 @@ from edgemuse.runtime.pipeline import Options, Segmenter
 
 BASE, OTHER = "edgemuse/openvino/fp32/reference", "edgemuse/openvino/bf16/reference"
 MACHINE = {"cpu": "none", "cores": 2, "memory_bytes": 0, "system": "none"}
+PAIR = ("one", "two")
 SHARED = dict.fromkeys(CONTEXT, "x") | {"machine": MACHINE, "versions": {}, "threads": None}
 STRUCTURES = [Structure(f"ball {n}", (n,), (n,)) for n in range(1, 9)]
 
@@ -214,15 +215,29 @@ def test_reports_on_other_scans_or_systems_are_not_compared(reports, capfd):
         assert reason in ran.err
 
 
-def test_the_document_shows_chosen_figures_and_links_to_no_other(tmp_path):
+def document_of(monkeypatch, tmp_path, names):
+    """Two parts with the same rows and the figures `pareto` and `bland_altman`; a report on those of `names`."""
     rows = [run_row(BASE, 1.0), run_row(OTHER, 1.5)]
     rows += score_rows(BASE, balls(1), balls(), balls(1)) + score_rows(OTHER, balls(2), balls(), balls(1))
-    part = replace(PARTS["development"], figures=("pareto", "bland"))
-    found = {name: (part, list(sections(tmp_path, rows, [], ""))) for name in ("one", "two")}
-    contents = document(found, tmp_path / "benchmark.md")
+    parts = {name: replace(PARTS["development"], title=name.title(), figures=("pareto", "bland")) for name in PAIR}
+    monkeypatch.setattr("edgemuse.bench.document.PARTS", parts)
+    return document({name: list(sections(tmp_path, rows, [], "")) for name in names}, tmp_path / "benchmark.md")
+
+
+def test_the_document_shows_chosen_figures_and_links_to_no_other(tmp_path, monkeypatch):
+    contents = document_of(monkeypatch, tmp_path, PAIR)
     text = contents.pop(tmp_path / "benchmark.md").decode()
-    assert {path.name for path in contents} == {f"{n}_{f}.svg" for n in found for f in ("pareto", "bland_altman")}
+    assert {path.name for path in contents} == {f"{n}_{f}.svg" for n in PAIR for f in ("pareto", "bland_altman")}
     assert {tmp_path / link for link in re.findall(r"\]\((.*?)\)", text)} == set(contents)
     assert text.count("# How it was measured") == 1
     headings = re.findall(r"^(#+) ", text, re.MULTILINE)
     assert [len(mark) for mark in headings if len(mark) < 3] == [1, 2, 2, 2]
+
+
+def test_the_document_keeps_a_part_that_is_not_measured_again(tmp_path, monkeypatch):
+    page = tmp_path / "benchmark.md"
+    whole = document_of(monkeypatch, tmp_path, PAIR)[page].decode()
+    page.write_text(whole.replace("## One\n", "## One\n\nMeasured before.\n"))
+    again = document_of(monkeypatch, tmp_path, ["two"])
+    assert {path.name for path in again} == {"benchmark.md", "two_pareto.svg", "two_bland_altman.svg"}
+    assert again[page].decode() == page.read_text()
