@@ -37,7 +37,7 @@ COARSE = 6.0
 RANDOM_CONTRAST = 0.2
 SKULL_STRIPPED = 0.5
 WINDOWS = 0.6
-USUAL = 0.5
+USUAL = 0.65
 """Shares of samples: with contrast unlike T1, without skull, of patches anywhere in the field of view, and of scans as
 hospitals usually make them."""
 

@@ -53,6 +53,7 @@ class Plan:
         patch: d, h, w.
         workers: processes that synthesise samples; 0: this one.
         weighted: whether rare classes count more in the cross-entropy.
+        seed: of the stream of samples.
     """
 
     steps: int
@@ -64,6 +65,7 @@ class Plan:
     patch: Shape = folder.PATCH
     workers: int = 1
     weighted: bool = True
+    seed: int = SEED
 
     def rate_at(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
@@ -270,6 +272,7 @@ class Record:
 @click.option("--validate-every", default=500)
 @click.option("--weighted/--unweighted", default=True, help="Whether rare classes count more in the cross-entropy: "
               "a new network does not find them otherwise, a trained one then finds too much of them.")  # fmt: skip
+@click.option("--seed", default=SEED, help="Of the samples: a run that starts from another's weights sees new ones.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 def main(
     labelmaps: Path,
@@ -279,6 +282,7 @@ def main(
     rate: float,
     validate_every: int,
     weighted: bool,
+    seed: int,
     device: str,
 ) -> None:
     """Train on images synthesised from LABELMAPS, or go on with the run in the output folder."""
@@ -290,7 +294,7 @@ def main(
     run = new_run(folder.FEATURES, device, start)
     if (output / "state.pth").exists():
         run.restore(torch.load(output / "state.pth", map_location=device, weights_only=True))
-    plan = Plan(steps, rate, validate_every=validate_every, device=device, weighted=weighted)
+    plan = Plan(steps, rate, validate_every=validate_every, device=device, weighted=weighted, seed=seed)
     train(run, plan, maps, unseen, output)
 
 
@@ -315,7 +319,7 @@ def train(run: Run, plan: Plan, maps: list[LabelMap], unseen: list[LabelMap], ou
     weights = (class_weights(maps) if plan.weighted else torch.ones(CLASSES)).to(plan.device)
     held_out = Samples(unseen, plan.patch, VALIDATION_SEED, 0, VALIDATION_SAMPLES)
     with stop_signals() as stopped:
-        for image, target in batches(Samples(maps, plan.patch, SEED, run.step, plan.steps), plan):
+        for image, target in batches(Samples(maps, plan.patch, plan.seed, run.step, plan.steps), plan):
             rate = plan.rate_at(run.step)
             record.add(*train_step(run, image, target, weights, rate))
             if run.step % 50 == 0:
