@@ -328,8 +328,9 @@ def test_module_and_console_script_are_the_same(cli: CommandLine) -> None:
 def test_interrupt_ends_with_130_and_leaves_nothing(scan: Path, model: Path, cache_dir: Path, tmp_path: Path) -> None:
     """Ctrl-C while the network runs, which here waits for it."""
     code = """
-import time
+import signal, time
 from edgemuse.runtime import pipeline, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
 def wait(*arguments):
     print("waiting", flush=True)
     time.sleep(60)
