@@ -142,14 +142,13 @@ def document(parts: dict[str, list[Section]], target: Path) -> dict[Path, bytes]
     pages = ["# Benchmark", f"Written by `{COMMAND}`, a part at a time; each says by which commit and where."]
     written = _written(target)
     for name, part in PARTS.items():
-        if name not in parts:
-            pages += [written[part.title]] if part.title in written else []
-            continue
-        found = parts[name]
-        shown = [section for section in map(partial(_shown, part.figures), found) if section is not None]
-        intro = Section(part.title, f"{part.text}\n\n{shown[0].text}")
-        pages.append(to_markdown([intro, *shown[1:]], 2, f"{target.stem}/{name}_"))
-        contents |= {target.with_suffix("") / f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
+        if name in parts:
+            shown = [section for section in map(partial(_shown, part.figures), parts[name]) if section is not None]
+            intro = Section(part.title, f"{part.text}\n\n{shown[0].text}")
+            pages.append(to_markdown([intro, *shown[1:]], 2, f"{target.stem}/{name}_"))
+            contents |= {target.with_suffix("") / f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
+        elif part.title in written:
+            pages.append(written[part.title])
     pages.append(to_markdown([Section("How it was measured", METHOD)], 2))
     return {target: "\n\n".join(page.rstrip() for page in pages).encode() + b"\n"} | contents
 
