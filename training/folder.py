@@ -24,7 +24,7 @@ from edgemuse.training.labelmaps import INDICES, class_colors, class_names, clas
 
 FEATURES = (16, 32, 64, 128, 256)
 PATCH: Shape = (112, 160, 112)
-SPACING = 1.5
+SPACING = 1.25
 """mm"""
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 CHECKPOINT = "fold_0/checkpoint_final.pth"

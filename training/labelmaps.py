@@ -64,7 +64,7 @@ def class_singles() -> list[bool]:
     """Whether each class is in one piece.
 
     Not the background, nor the fluid, which fills what is left, nor the inferior lateral ventricles: they are so thin
-    that a network at 1.5 mm finds them in pieces, and all but one would be lost.
+    that the network finds them in pieces, and all but one would be lost.
     """
     return [index not in (0, 24, *THIN) for index in INDICES]
 

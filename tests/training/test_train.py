@@ -136,7 +136,7 @@ def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
     options = ExportOptions(orientation="LPS", labels=tmp_path / "model" / "labels.tsv")
     bundle = open_bundle(export_model(tmp_path / "model", tmp_path / "small.bundle", options))
     assert [label.index for label in bundle.manifest.labels] == list(INDICES)
-    assert bundle.manifest.network.spacing == (1.5, 1.5, 1.5)
+    assert bundle.manifest.network.spacing == (folder.SPACING,) * 3
 
 
 def test_the_built_in_models_folder_is_made_again(tmp_path):
