@@ -23,8 +23,8 @@ from edgemuse.runtime.types import Shape
 from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
 
 FEATURES = (16, 32, 64, 128, 256)
-PATCH: Shape = (112, 160, 112)
-SPACING = 1.25
+PATCH: Shape = (128, 176, 128)
+SPACING = 1.3
 """mm"""
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 CHECKPOINT = "fold_0/checkpoint_final.pth"

@@ -40,6 +40,8 @@ WINDOWS = 0.6
 USUAL = 0.65
 """Shares of samples: with contrast unlike T1, without skull, of patches anywhere in the field of view, and of scans as
 hospitals usually make them."""
+TEXTURE = 0.12
+"""The most by which a label's intensity drifts inside it, as a standard deviation over the labels."""
 
 FAMILY = np.arange(LARGEST + 1)
 for _left, _right in (RIGHT | INNER_PAIRS).items():
@@ -78,6 +80,8 @@ class Look:
         voxel: (3,) mm, the acquired spacing.
         noise: standard deviation.
         floor: whether the air around the head is noisy; else it is exactly 0.
+        texture: (1, 1, n, n, n) smooth field over the head by which tissue varies inside a structure, or None.
+        variation: (1024,) how much each label follows that field, as a share of its intensity; of either sign.
     """
 
     means: Tensor
@@ -90,6 +94,8 @@ class Look:
     voxel: tuple[float, float, float]
     noise: float
     floor: bool
+    texture: Tensor | None = None
+    variation: Tensor | None = None
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -219,6 +225,16 @@ def usual_look(g: torch.Generator, stripped: bool) -> Look:
     )
 
 
+def textured(look: Look, g: torch.Generator) -> Look:
+    """The same scan with structures that are not uniform: intensity drifts over 4 to 30 mm, in each its own way.
+
+    Real grey nuclei are brighter towards white matter, and white matter differs from lobe to lobe.
+    """
+    points = (9, 17, 33, 65)[int(uniform(g, 0, 4))]
+    variation = torch.randn(LARGEST + 1, generator=g).clamp(-2.5, 2.5) * uniform(g, 0, TEXTURE)
+    return replace(look, texture=torch.randn((1, 1, points, points, points), generator=g), variation=variation)
+
+
 def t1_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
     """(1024,) means and spreads around those of T1; left and right of a structure are nearly alike."""
     count, family = LARGEST + 1, torch.from_numpy(FAMILY)
@@ -262,6 +278,8 @@ def paint(labels: Tensor, look: Look, corner: Tensor, spacing: float, g: torch.G
     image = look.means[index].reshape(labels.shape)
     image += look.spreads[index].reshape(labels.shape) * torch.randn(labels.shape, generator=g)
     axes = [float(corner[n]) + spacing * torch.arange(labels.shape[n], dtype=torch.float32) for n in range(3)]
+    if look.texture is not None and look.variation is not None:
+        image *= 1 + look.variation[index].reshape(labels.shape) * _field(look.texture, axes, 240.0)[0]
     image *= torch.exp(_field(look.bias, axes, 240.0)[0])
     if look.stripped is not None:
         image *= brain_mask(labels, look.stripped, look.fluid, spacing)
@@ -329,7 +347,7 @@ def draw_patch(maps: list[LabelMap], shape: Shape, spacing: float, g: torch.Gene
         labels = mirror(labels)
     usual = chance(g, USUAL)
     look = usual_look(g, chance(g, SKULL_STRIPPED)) if usual else draw_look(g)
-    warp, view = draw_warp(labels, g), draw_view(g)
+    look, warp, view = textured(look, g), draw_warp(labels, g), draw_view(g)
     extent = torch.tensor([n * spacing for n in shape])
     start = _patch_centre(view, extent, g) - extent / 2
     image, numbers = _scan(labels, warp, look, start, shape, spacing, g)

@@ -255,8 +255,10 @@ class Record:
     def write(self, **more: float) -> None:
         """Write a line and begin anew."""
         now = time.perf_counter()
-        loss, dice = np.mean(self.rows, axis=0) if self.rows else (float("nan"), float("nan"))
-        line = {"loss": loss, "dice": dice, "seconds": (now - self.since) / max(len(self.rows), 1)} | more
+        line = {"seconds": (now - self.since) / max(len(self.rows), 1)} | more
+        if self.rows:
+            loss, dice = np.mean(self.rows, axis=0)
+            line = {"loss": loss, "dice": dice} | line
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: round(float(value), 6) for key, value in line.items()}) + "\n")
         click.echo("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
