@@ -57,8 +57,8 @@ NOISE = 0.02
 PAGE = """<!-- Written by: python -m edgemuse.bench.first_look SHARED -o docs/first-look.md -->
 # A cheap first look before the mask network
 
-DLICV's weights are not here. The built-in model (1.3 mm) and the development model (2 mm) pose as the mask network:
-all their structures are one mask. *2x look*: the mask network at twice its spacing, in one pass. *Built-in look*: the
+DLICV's weights are not here. The built-in model and the development model pose as the mask network: all their
+structures are one mask. *2x look*: the mask network at twice its spacing, in one pass. *Built-in look*: the
 built-in model in one pass. *Border*: then the mask network's patches that touch the border of the rough mask. *Box*:
 then the mask network inside the rough mask's box and a margin of {margin:.0f} mm.
 

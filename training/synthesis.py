@@ -42,6 +42,8 @@ USUAL = 0.65
 hospitals usually make them."""
 TEXTURE = 0.12
 """The most by which a label's intensity drifts inside it, as a standard deviation over the labels."""
+SPAN = 240.0
+"""mm around the centre of a scan over which its smooth random fields are drawn."""
 
 FAMILY = np.arange(LARGEST + 1)
 for _left, _right in (RIGHT | INNER_PAIRS).items():
@@ -66,6 +68,19 @@ class Warp:
 
 
 @dataclass(frozen=True)
+class Texture:
+    """How tissue varies inside structures.
+
+    Attributes:
+        field: (1, 1, n, n, n) smooth over the head.
+        shares: (1024,) how much each label follows it, relative to its intensity; of either sign.
+    """
+
+    field: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True)
 class Look:
     """How one scan looks: the random choices that hold for every point of it.
 
@@ -80,8 +95,7 @@ class Look:
         voxel: (3,) mm, the acquired spacing.
         noise: standard deviation.
         floor: whether the air around the head is noisy; else it is exactly 0.
-        texture: (1, 1, n, n, n) smooth field over the head by which tissue varies inside a structure, or None.
-        variation: (1024,) how much each label follows that field, as a share of its intensity; of either sign.
+        texture: of the structures, or None where each is uniform but for its spread.
     """
 
     means: Tensor
@@ -94,8 +108,7 @@ class Look:
     voxel: tuple[float, float, float]
     noise: float
     floor: bool
-    texture: Tensor | None = None
-    variation: Tensor | None = None
+    texture: Texture | None = None
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -136,7 +149,7 @@ def draw_warp(labels: LabelMap, g: torch.Generator) -> Warp:
     points = 5 if chance(g, 0.5) else 9
     amplitude = uniform(g, 0, 4) if points == 5 else uniform(g, 0, 2.5)
     displacement = torch.randn((1, 3, points, points, points), generator=g) * amplitude
-    return Warp(linear, brain_centre(labels), displacement, span=240.0)
+    return Warp(linear, brain_centre(labels), displacement, SPAN)
 
 
 def brain_centre(labels: LabelMap) -> Tensor:
@@ -231,8 +244,8 @@ def textured(look: Look, g: torch.Generator) -> Look:
     Real grey nuclei are brighter towards white matter, and white matter differs from lobe to lobe.
     """
     points = (9, 17, 33, 65)[int(uniform(g, 0, 4))]
-    variation = torch.randn(LARGEST + 1, generator=g).clamp(-2.5, 2.5) * uniform(g, 0, TEXTURE)
-    return replace(look, texture=torch.randn((1, 1, points, points, points), generator=g), variation=variation)
+    shares = torch.randn(LARGEST + 1, generator=g).clamp(-2.5, 2.5) * uniform(g, 0, TEXTURE)
+    return replace(look, texture=Texture(torch.randn((1, 1, points, points, points), generator=g), shares))
 
 
 def t1_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -278,9 +291,9 @@ def paint(labels: Tensor, look: Look, corner: Tensor, spacing: float, g: torch.G
     image = look.means[index].reshape(labels.shape)
     image += look.spreads[index].reshape(labels.shape) * torch.randn(labels.shape, generator=g)
     axes = [float(corner[n]) + spacing * torch.arange(labels.shape[n], dtype=torch.float32) for n in range(3)]
-    if look.texture is not None and look.variation is not None:
-        image *= 1 + look.variation[index].reshape(labels.shape) * _field(look.texture, axes, 240.0)[0]
-    image *= torch.exp(_field(look.bias, axes, 240.0)[0])
+    if look.texture is not None:
+        image *= 1 + look.texture.shares[index].reshape(labels.shape) * _field(look.texture.field, axes, SPAN)[0]
+    image *= torch.exp(_field(look.bias, axes, SPAN)[0])
     if look.stripped is not None:
         image *= brain_mask(labels, look.stripped, look.fluid, spacing)
     return image.clamp_min_(0)

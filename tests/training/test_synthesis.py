@@ -102,10 +102,10 @@ def test_textured_structures_are_not_uniform_and_alike_in_every_patch(head, seed
     look = textured(replace(look, means=torch.ones(1024)), g)
     tissue = torch.from_numpy(head)
     image = paint(tissue, look, torch.zeros(3), 1.0, g)
-    share = look.variation[tissue.long()]
+    share = look.texture.shares[tissue.long()]
     field = ((image - 1) / share)[share.abs() > 0.001]
     assert field.std() > 0.1
-    assert field.abs().max() <= look.texture.abs().max() * 1.01
+    assert field.abs().max() <= look.texture.field.abs().max() * 1.01
     part = paint(tissue[4:, 8:, 2:], look, torch.tensor([4.0, 8.0, 2.0]), 1.0, g)
     assert torch.allclose(part, image[4:, 8:, 2:], atol=1e-5)
 

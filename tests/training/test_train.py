@@ -121,6 +121,16 @@ def test_a_run_leaves_a_model_folder_that_starts_the_next(small, head, tmp_path)
     assert lines[-1]["held_out_dice"] == pytest.approx(run.best, abs=1e-6)
 
 
+def test_a_line_without_steps_holds_no_loss(tmp_path):
+    record = train.Record(tmp_path / "log.jsonl")
+    record.write(step=1, held_out_dice=0.5)
+    record.add(2.0, 0.25)
+    record.write(step=2)
+    without, with_loss = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert set(without) == {"seconds", "step", "held_out_dice"}
+    assert (with_loss["loss"], with_loss["dice"]) == (2.0, 0.25)
+
+
 def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
     predict = pytest.importorskip(
         "nnunetv2.inference.predict_from_raw_data", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'"
@@ -136,7 +146,7 @@ def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
     options = ExportOptions(orientation="LPS", labels=tmp_path / "model" / "labels.tsv")
     bundle = open_bundle(export_model(tmp_path / "model", tmp_path / "small.bundle", options))
     assert [label.index for label in bundle.manifest.labels] == list(INDICES)
-    assert bundle.manifest.network.spacing == (folder.SPACING,) * 3
+    assert bundle.manifest.network.spacing == (1.3, 1.3, 1.3)
 
 
 def test_the_built_in_models_folder_is_made_again(tmp_path):
