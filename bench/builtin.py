@@ -1,6 +1,7 @@
 """How good the built-in model is: `python -m edgemuse.bench.builtin SHARED --held-out FOLDER -o docs/model.md`.
 
 FOLDER holds scans with known truth, which `python -m edgemuse.training.sample LABELMAPS -o FOLDER --held-out` makes.
+The development model of SHARED is measured beside it, which needs PyTorch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from edgemuse.bench import scans
+from edgemuse.bench.models import development_bundle
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.runtime.agreement import dice
 from edgemuse.runtime.builtin import BUILT_IN
@@ -31,6 +33,11 @@ from edgemuse.runtime.pipeline import Options, Segmenter
 
 OTHER_FLUID = 24
 """FreeSurfer's 24 is a little fluid in the middle; the model's is all fluid around the brain, another structure."""
+NOT_COMPARED = (5, OTHER_FLUID, 44)
+"""What the figure that the development model came with, 0.76 over 29 structures, leaves out: 24, and the inferior
+lateral ventricles."""
+MEANS = {"mean of the 29": NOT_COMPARED, f"mean without {OTHER_FLUID}": (OTHER_FLUID,), "mean": ()}
+VXM, ISLANDS, DEVELOPMENT = "vxm", "vxm, islands kept", "vxm, development model"
 MAIN = (2, 3, 4, 7, 8, 10, 11, 12, 13, 16, 17, 18, 41, 42, 43, 46, 47, 49, 50, 51, 52, 53, 54)
 """The structures that must not fall below `LOWEST`."""
 LOWEST, WANTED_REAL, WANTED_SYNTHETIC = 0.70, 0.83, 0.85
@@ -175,8 +182,14 @@ def main(shared: Path, held_out: Path, model: Path, output: Path) -> None:
             each.append(judge.scores(judge.labels(path), truth))
             click.echo(f"{path.name}: {mean(each[-1]):.3f}")
         real_path = t1 / "vxm_T1w.nii.gz"
-        real = {done: judge.scores(judge.labels(real_path, done), _truth(real_path)) for done in (True, False)}
-        click.echo(f"{real_path.name}: {mean(real[True], (OTHER_FLUID,)):.3f}")
+        development = Judge(open_bundle(development_bundle(shared, judge.work)), judge.work)
+        found = {
+            VXM: judge.labels(real_path),
+            ISLANDS: judge.labels(real_path, postprocess=False),
+            DEVELOPMENT: development.labels(real_path),
+        }
+        real = {column: judge.scores(labels, _truth(real_path)) for column, labels in found.items()}
+        click.echo(f"{real_path.name}: {mean(real[VXM], NOT_COMPARED):.3f}")
         heads = {path.name: plausibility(judge, path) for path in (t1 / "chris_T1w.nii.gz", t1 / "crop_T1w.nii.gz")}
         table = {
             "vxm, real, stripped, against its labels": robustness(judge, real_path, _truth(real_path)),
@@ -185,52 +198,64 @@ def main(shared: Path, held_out: Path, model: Path, output: Path) -> None:
             ),
             "chris, real, whole head, against its own result": robustness(judge, t1 / "chris_T1w.nii.gz", None),
         }
-    checks = _checks(real[True], each, heads)
+    checks = _checks(real[VXM], each, heads)
     output.write_text(report(judge.bundle, real, each, heads, table, checks), encoding="utf-8")
-    raise SystemExit(0 if all(checks.values()) else 1)
+    raise SystemExit(0 if all(holds for _, holds in checks.values()) else 1)
 
 
 def _truth(scan: Path) -> Any:
     return nib.load(scan.with_name(scan.name.replace("_T1w", "_dseg")))
 
 
-def _checks(real: Scores, each: list[Scores], heads: Mapping[str, tuple[dict[int, float], float]]) -> dict[str, bool]:
-    """What was asked of the model, and whether it holds."""
-    low, high = RATIOS
-    least, most = BRAIN_LITRES
+def _checks(
+    real: Scores, each: list[Scores], heads: Mapping[str, tuple[dict[int, float], float]]
+) -> dict[str, tuple[str, bool]]:
+    """What was asked of the model, what it reaches, and whether that is enough."""
+    ratios = [ratio for by_structure, _ in heads.values() for ratio in by_structure.values()]
+    litres = [litres for _, litres in heads.values()]
+    lowest = min(real[index] for index in MAIN if index in real)
+    on_real, synthetic = mean(real, NOT_COMPARED), float(np.mean([mean(scores) for scores in each]))
     return {
-        f"vxm: mean Dice at least {WANTED_REAL}": mean(real, (OTHER_FLUID,)) >= WANTED_REAL,
-        f"vxm: no main structure below {LOWEST}": all(real[index] >= LOWEST for index in MAIN if index in real),
-        f"held-out synthetic scans: at least {WANTED_SYNTHETIC}": float(np.mean([mean(s) for s in each]))
-        >= WANTED_SYNTHETIC,
-        f"whole heads: left to right {low} to {high}": all(
-            low <= ratio <= high for ratios, _ in heads.values() for ratio in ratios.values()
+        f"vxm: mean Dice of the {len(real) - len(NOT_COMPARED)} at least {WANTED_REAL}": (
+            f"{on_real:.3f}",
+            on_real >= WANTED_REAL,
         ),
-        f"whole heads: brain of {least} to {most} l": all(least <= litres <= most for _, litres in heads.values()),
+        f"vxm: no main structure below {LOWEST}": (f"{lowest:.3f}", lowest >= LOWEST),
+        f"held-out synthetic scans: at least {WANTED_SYNTHETIC}": (f"{synthetic:.3f}", synthetic >= WANTED_SYNTHETIC),
+        "whole heads: left to right {} to {}".format(*RATIOS): (_span(ratios), _within(ratios, RATIOS)),
+        "whole heads: brain of {} to {} l".format(*BRAIN_LITRES): (_span(litres), _within(litres, BRAIN_LITRES)),
     }
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def _within(values: list[float], limits: tuple[float, float]) -> bool:
+    return limits[0] <= min(values) and max(values) <= limits[1]
 
 
 def report(
     bundle: Bundle,
-    real: Mapping[bool, Scores],
+    real: Mapping[str, Scores],
     each: list[Scores],
     heads: Mapping[str, tuple[dict[int, float], float]],
     table: Mapping[str, Mapping[str, float]],
-    checks: Mapping[str, bool],
+    checks: Mapping[str, tuple[str, bool]],
 ) -> str:
     """The Markdown page."""
     names = {label.index: label.name for label in bundle.manifest.labels}
-    lines = [INTRODUCTION, "| asked | reached |", "|---|---|"]
-    lines += [f"| {what} | {'yes' if holds else '**no**'} |" for what, holds in checks.items()]
+    lines = [INTRODUCTION, "| asked | reached | enough |", "|---|---|---|"]
+    lines += [f"| {what} | {value} | {'yes' if holds else '**no**'} |" for what, (value, holds) in checks.items()]
     lines += ["", "## Dice of each structure", ""]
-    lines += ["| structure | synthetic, held out | vxm | vxm, islands kept |", "|---|---|---|---|"]
+    lines += ["| structure | synthetic, held out | " + " | ".join(real) + " |", "|---" * (len(real) + 2) + "|"]
     for index in sorted(set().union(*each)):
         synthetic = np.mean([scores[index] for scores in each if index in scores])
-        cells = [f"{real[done][index]:.3f}" if index in real[done] else "" for done in (True, False)]
-        lines.append(f"| {index} {names[index]} | {synthetic:.3f} | {cells[0]} | {cells[1]} |")
-    for name, left_out in (("mean", ()), (f"mean without {OTHER_FLUID}", (OTHER_FLUID,))):
+        cells = [f"{scores[index]:.3f}" if index in scores else "" for scores in real.values()]
+        lines.append(f"| {index} {names[index]} | {synthetic:.3f} | " + " | ".join(cells) + " |")
+    for name, left_out in MEANS.items():
         means = [float(np.mean([mean(scores, left_out) for scores in each]))]
-        means += [mean(real[done], left_out) for done in (True, False)]
+        means += [mean(scores, left_out) for scores in real.values()]
         lines.append(f"| **{name}** | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     lines += ["", "## Whole heads without truth", "", "| scan | brain | left to right volume, lowest and highest |"]
     lines += ["|---|---|---|"]
@@ -253,8 +278,13 @@ INTRODUCTION = f"""<!-- Written by: python -m edgemuse.bench.builtin SHARED --he
 
 *Synthetic, held out*: whole scans synthesised from four label maps that training never saw, half of them
 skull-stripped. *vxm*: a real, skull-stripped scan with FreeSurfer's labels, never used in training or tuning.
-FreeSurfer's label {OTHER_FLUID} is a little fluid in the middle of the brain, the model's is all fluid around it,
-so means are given without it as well. *Islands kept*: without the removal of islands, `--no-postprocess`.
+*Islands kept*: without the removal of islands, `--no-postprocess`.
+
+The two differ in what they call by one number. FreeSurfer's {OTHER_FLUID} is a little fluid in the middle of the brain,
+the model's is all fluid around it. FreeSurfer's inferior lateral ventricles (5, 44) are a few hundred voxels in this
+scan, beside thousands of choroid plexus, which is no structure of the model. *The 29* leave these three out, as the
+figure does that the development model came with, 0.76 over 29 structures: the last column is that model, by the
+same command. The means with 5 and 44, and with all 32, stand below.
 """
 
 

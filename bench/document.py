@@ -14,11 +14,10 @@ from pathlib import Path
 import click
 
 from edgemuse.bench.benchmark import Request, benchmark
-from edgemuse.bench.models import prepare_dlmuse
+from edgemuse.bench.models import development_bundle, prepare_dlmuse
 from edgemuse.bench.report import METHOD, Section, pictures, sections, to_markdown
 from edgemuse.bench.rows import read_rows
 from edgemuse.bench.run import scans_in
-from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.runtime.outputs import write_files
 
 COMMAND = "python -m edgemuse.bench.document ../shared --work DIR -o docs/benchmark.md"
@@ -51,11 +50,7 @@ class Part:
 
 
 def _development(shared: Path, work: Path) -> Material:
-    """The development model, exported once into `work`."""
-    folder, bundle = shared / "data" / "devmodel", work / "dev.bundle"
-    if not bundle.exists():
-        export_model(folder, bundle, ExportOptions(orientation="LPS", labels=folder / "labels.tsv"))
-    return Material(bundle, shared / "data" / "t1", folder)
+    return Material(development_bundle(shared, work), shared / "data" / "t1", shared / "data" / "devmodel")
 
 
 def _built_in(shared: Path, work: Path) -> Material:

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from edgemuse.bench import scans
+from edgemuse.bench.models import development_bundle
 from edgemuse.bench.performance_report import table
 from edgemuse.bench.rows import commit
 from edgemuse.calibration.evaluate import quiet
 from edgemuse.calibration.gate import Case, failures, measure
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Bundle, Network, open_bundle
 from edgemuse.runtime.cascade import Mask
@@ -286,8 +286,9 @@ def report(shared: Path, work: Path, repeats: int) -> str:
     paths = {scan: t1 / f"{scan}_T1w.nii.gz" for scan in ("chris", "crop", TRUE_SCAN)}
     paths["noisy air"] = noisy(paths["crop"], work / "noisy_T1w.nii.gz")
     truth = (scans.labels_of(t1 / f"{TRUE_SCAN}_dseg.nii.gz") > 0).view(np.uint8)
-    exported = export_model(shared / "data" / "devmodel", work / "dev.bundle", ExportOptions(orientation="LPS"))
-    built_in, development = MaskNetwork(open_bundle(BUILT_IN)), MaskNetwork(open_bundle(exported))
+    built_in, development = (
+        MaskNetwork(open_bundle(bundle)) for bundle in (BUILT_IN, development_bundle(shared, work))
+    )
     found = {
         network: {
             scan: dict(variants(network, built_in, path, repeats))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 
+from edgemuse.bench.models import development_bundle
 from edgemuse.bench.performance_report import table
 from edgemuse.bench.rows import commit
 from edgemuse.calibration.calibrate import calibrate
 from edgemuse.engines.hardware import cpu_cores, cpu_name
-from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.runtime.builtin import BUILT_IN
 from edgemuse.runtime.bundle import Bundle, open_bundle
 from edgemuse.runtime.describe import GATE_HEADER, gate_cells
@@ -47,11 +47,10 @@ def section(title: str, bundle: Bundle) -> str:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
 def main(shared: Path, output: Path) -> None:
     """Calibrate and judge both trained networks on the T1 scans of SHARED: about ten minutes."""
-    say, folder = partial(click.echo, err=True), shared / "data" / "devmodel"
+    say = partial(click.echo, err=True)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        options = ExportOptions(orientation="LPS", labels=folder / "labels.tsv", progress=say)
-        models = {"Development model": export_model(folder, work / "dev.bundle", options), "Built-in model": BUILT_IN}
+        models = {"Development model": development_bundle(shared, work), "Built-in model": BUILT_IN}
         pages = [INTRODUCTION]
         for title, model in models.items():
             made = calibrate(model, shared / "data" / "t1", work / f"{title}.calibrated", say)

@@ -19,6 +19,14 @@ DLMUSE_SHAPE = (163, 214, 155)
 """Of a T1 that was cropped to the brain, at 1 mm."""
 
 
+def development_bundle(shared: Path, work: Path) -> Path:
+    """The trained development model with FreeSurfer's numbers, exported once into `work`."""
+    folder, bundle = shared / "data" / "devmodel", work / "dev.bundle"
+    if not bundle.exists():
+        export_model(folder, bundle, ExportOptions(orientation="LPS", labels=folder / "labels.tsv"))
+    return bundle
+
+
 def parity_models(shared: Path, work: Path) -> dict[str, Path]:
     """The trained development model as it is, mirrored, as an ensemble; and two networks of random weights."""
     trained = shared / "data" / "devmodel"

@@ -37,7 +37,9 @@ RIGHT = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 5
 """Left to right."""
 LESIONS = {25: 2, 57: 41}
 """Lesions of the white matter count as white matter of their side."""
-INNER_PAIRS = {25: 57, 30: 62, 136: 137, 163: 164}
+PLEXUS = {136: 163, 137: 164}
+"""Choroid plexus of the lateral and of the inferior lateral ventricle, left to right: not FreeSurfer's numbers."""
+INNER_PAIRS = {25: 57, 30: 62} | PLEXUS
 """Labels of the maps that are no class of their own, left to right."""
 INDICES = (0, *sorted(NAMES), *sorted(RIGHT.values()))
 """FreeSurfer's number of each class; class 0 is the background."""

@@ -18,17 +18,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgemuse.runtime.types import Shape
-from edgemuse.training.labelmaps import INNER_PAIRS, LARGEST, NAMES, OUTSIDE, RIGHT, LabelMap, class_table, mirror_table
+from edgemuse.training.labelmaps import (
+    INNER_PAIRS,
+    LARGEST,
+    NAMES,
+    OUTSIDE,
+    PLEXUS,
+    RIGHT,
+    LabelMap,
+    class_table,
+    mirror_table,
+)
 
 View = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 """Where a scan begins and ends along d, h, w, mm from the brain's centre."""
 
 T1_MEANS = {
-    0: 0.0, 2: 1.0, 3: 0.68, 4: 0.22, 5: 0.28, 7: 0.94, 8: 0.66, 10: 0.86, 11: 0.76, 12: 0.82, 13: 0.94, 14: 0.24,
-    15: 0.24, 16: 0.90, 17: 0.70, 18: 0.69, 24: 0.25, 25: 0.80, 26: 0.75, 28: 0.90, 30: 0.45, 72: 0.30, 85: 0.80,
-    136: 0.70, 163: 0.70,
+    0: 0.0, 2: 1.0, 3: 0.70, 4: 0.22, 5: 0.28, 7: 0.97, 8: 0.72, 10: 0.89, 11: 0.78, 12: 0.84, 13: 0.96, 14: 0.24,
+    15: 0.24, 16: 0.94, 17: 0.72, 18: 0.71, 24: 0.25, 25: 0.80, 26: 0.76, 28: 0.94, 30: 0.45, 72: 0.30, 85: 0.80,
 }  # fmt: skip
-"""Mean intensity of the left-hand or unpaired labels, white matter = 1, as textbooks' T1 contrast has it."""
+"""Mean intensity of the left-hand or unpaired labels, white matter = 1: textbooks' T1 contrast, drawn halfway towards
+what two whole heads show, where deep grey matter and the brain stem are much like white matter."""
 FLUIDS = (4, 5, 14, 15, 24, 72)
 FINE = 1.0
 """Images are painted at this spacing in mm, and come to the network's spacing by averaging, as tissue borders do."""
@@ -251,13 +261,16 @@ def textured(look: Look, g: torch.Generator) -> Look:
 def t1_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
     """(1024,) means and spreads around those of T1; left and right of a structure are nearly alike."""
     count, family = LARGEST + 1, torch.from_numpy(FAMILY)
-    means = torch.rand(count, generator=g) * 1.3  # whatever has no usual intensity, above all outside the brain
+    drawn = torch.rand(count, generator=g)
+    means = drawn * 1.3  # whatever has no usual intensity, above all outside the brain
     for label, mean in T1_MEANS.items():
         means[label] = mean
-    contrast = uniform(g, 0.65, 1.35)  # of grey to white matter
+    contrast = uniform(g, 0.6, 1.4)  # of grey to white matter
     known = torch.tensor([label for label in NAMES if label not in FLUIDS])
     means[known] = 1 - (1 - means[known]) * contrast
     means[torch.tensor(FLUIDS)] *= uniform(g, 0.3, 1.5)
+    plexus = torch.tensor(list(PLEXUS))  # tissue in fluid, in any proportion
+    means[plexus] = means[4] + (0.2 + 0.9 * drawn[plexus[0]]) * (means[3] - means[4])
     means *= torch.exp(torch.randn(count, generator=g).clamp(-2.5, 2.5) * 0.06)
     spreads = (0.02 + torch.rand(count, generator=g) * 0.06)[family]
     return _settled(means[family], spreads, g)

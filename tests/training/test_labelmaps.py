@@ -8,6 +8,7 @@ from edgemuse.engines.errors import InputError
 from edgemuse.training.labelmaps import (
     HELD_OUT,
     INDICES,
+    INNER_PAIRS,
     MARGIN,
     class_names,
     class_table,
@@ -41,6 +42,18 @@ def test_mirrored_classes_differ_in_their_side_only():
             assert other == "right_" + name.removeprefix("left_")
         elif not name.startswith("right_"):
             assert other == name
+
+
+def test_inner_labels_lie_on_the_side_that_they_are_mirrored_as():
+    """The maps' labels that are no class: seen from a thalamus, a left-hand one is nearer to the left-hand one."""
+    if not (SHARED / "labelmaps").exists():
+        pytest.skip(f"{SHARED / 'labelmaps'} is absent")
+    labels = read_label_map(find_label_maps(SHARED / "labelmaps", held_out=True)[0])
+    across = {
+        index: float(np.nonzero(labels == index)[2].mean()) for index in (10, 49, *INNER_PAIRS, *INNER_PAIRS.values())
+    }
+    middle = (across[10] + across[49]) / 2
+    assert all(across[left] > middle > across[right] for left, right in INNER_PAIRS.items())
 
 
 def test_lesions_are_white_matter_and_what_lies_outside_is_background():

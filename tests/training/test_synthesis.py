@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemuse.training import synthesis
-from edgemuse.training.labelmaps import class_table, mirror_table
+from edgemuse.training.labelmaps import PLEXUS, class_table, mirror_table
 from edgemuse.training.synthesis import (
     Warp,
     brain_centre,
@@ -132,6 +132,16 @@ def test_usual_scans_have_the_contrast_of_t1_at_1_mm(seed, stripped):
     assert (look.stripped is not None) == stripped
     assert 0.01 <= look.noise <= 0.04
     assert look.means[24] < look.means[3] < look.means[2]
+
+
+@few
+@given(seed=seeds)
+def test_choroid_plexus_is_between_fluid_and_grey_matter_and_alike_on_both_sides(seed):
+    means = usual_look(generator(13, seed), stripped=False).means
+    low, high = float(means[4]) * 0.9, float(means[3]) * 1.25
+    for left, right in PLEXUS.items():
+        assert low < float(means[left]) < high
+        assert means[left] == pytest.approx(float(means[right]), rel=0.12)
 
 
 def test_a_share_of_the_patches_is_of_usual_scans(head, monkeypatch):
