@@ -87,7 +87,7 @@ PARTS = {
     ),
     "built-in": Part(
         "The built-in model",
-        "33 classes at 1.3 mm, on the scan with a truth. The baseline is `reference` in fp32.",
+        "33 classes, on the scan with a truth. The baseline is `reference` in fp32.",
         _built_in,
         ("edgemuse/openvino", "plain/openvino"),
         2,
