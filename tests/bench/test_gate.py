@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bundles import edit_manifest, tiny_bundle
 
-for library in ("torch", "nncf"):
+for library in ("torch", "nncf", "nnunetv2"):
     pytest.importorskip(library, reason=f"needs {library}: pip install 'edgemuse[bench,calibrate]'")
 
 from edgemuse.bench.gate import section
