@@ -205,9 +205,7 @@ def _field(grid: Tensor, axes: list[Tensor], span: float) -> Tensor:
     """
     for n, axis in enumerate(axes):
         count = grid.shape[2 + n]
-        position = ((axis / span + 0.5) * (count - 1)).clamp(0, count - 1)
-        weights = (1 - (position[:, None] - torch.arange(count)).abs()).clamp_min(0)
-        grid = _along(grid, weights, 2 + n)
+        grid = _along(grid, _linear((axis / span + 0.5) * (count - 1), count), 2 + n)
     return grid[0]
 
 
@@ -329,6 +327,11 @@ def smooth_by(image: Tensor, sigmas: tuple[float, ...]) -> Tensor:
     return image
 
 
+def _linear(position: Tensor, count: int) -> Tensor:
+    """(m, count): weights of linear interpolation between `count` points at m positions, constant beyond the ends."""
+    return (1 - (position.clamp(0, count - 1)[:, None] - torch.arange(count)).abs()).clamp_min(0)
+
+
 def _along(values: Tensor, weights: Tensor, axis: int) -> Tensor:
     """The product of `weights` (m, n) with one axis of length n."""
     return torch.movedim(torch.tensordot(weights, values, dims=([1], [axis])), 0, axis)
@@ -410,7 +413,9 @@ def _scan(
     image = acquire(paint(tissue, look, start + FINE / 2, FINE, g), look, FINE, g)
     if spacing == FINE:
         return image, tissue
-    return _resize(image, list(shape)), sample_labels(labels, warp, start + spacing / 2, shape, spacing)
+    for axis, count in enumerate(shape):  # not `_resize`: the fine grid may reach beyond the patch
+        image = _along(image, _linear((torch.arange(count) + 0.5) * spacing / FINE - 0.5, fine[axis]), axis)
+    return image, sample_labels(labels, warp, start + spacing / 2, shape, spacing)
 
 
 def draw_view(g: torch.Generator) -> View:

@@ -94,6 +94,27 @@ def test_scan_and_truth_share_a_grid(head, seed):
     assert torch.equal(image, look.means[tissue.long()])
 
 
+@pytest.mark.parametrize("spacing", [1.0, 1.25, 1.3, 1.9])
+@pytest.mark.parametrize("axis", range(3))
+def test_image_and_truth_of_a_patch_do_not_drift_apart(spacing, axis):
+    """A ramp of labels whose intensity is their number: what the image shows is where the truth has it, to the end."""
+    ramp = np.moveaxis(np.broadcast_to(np.arange(80, dtype=np.int16) + 1, (80, 80, 80)), 2, axis).copy()
+    look = replace(
+        usual_look(generator(14, 0), stripped=False),
+        means=torch.arange(1024.0),
+        spreads=torch.zeros(1024),
+        bias=torch.zeros(1, 1, 4, 4, 4),
+        blur=(0.0, 0.0, 0.0),
+        noise=0.0,
+        floor=True,
+    )
+    start = torch.full((3,), 4.5)  # points of the image lie on voxels of the map
+    image, truth = synthesis._scan(ramp, still(ramp), look, start, (24, 24, 24), spacing, generator(14, 1))
+    off = (image - truth).movedim(axis, 0)[2:-2]
+    assert off.abs().max() <= 0.51
+    assert off[-10:].mean().abs() < 0.15
+
+
 @few
 @given(seed=seeds)
 def test_textured_structures_are_not_uniform_and_alike_in_every_patch(head, seed):
