@@ -268,7 +268,9 @@ class Record:
 @click.command(context_settings={"show_default": True})
 @click.argument("labelmaps", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder or bundle to start from.")
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder or bundle to start from. A "
+              "bundle lacks the lower layers of deep supervision, and while these are new the others lose some of what "
+              "they know: a folder is better.")  # fmt: skip
 @click.option("--steps", default=20_000, help="Steps in all; may be changed when a run goes on.")
 @click.option("--rate", default=1.5e-3, help="Learning rate before it falls.")
 @click.option("--validate-every", default=500)
