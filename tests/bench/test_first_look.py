@@ -144,7 +144,7 @@ def test_the_command_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     changes = {"classes": 2, "deferred": False, "threshold": True, "patch": (16, 16, 16)}
     model = tiny_bundle(tmp_path / "tiny.bundle", **changes)
     monkeypatch.setattr(first_look, "BUILT_IN", model)
-    monkeypatch.setattr(first_look, "export_model", lambda folder, path, options: model)
+    monkeypatch.setattr(first_look, "development_bundle", lambda shared, work: model)
     for name in ("chris", "crop", TRUE_SCAN):
         scan = write_scan(tmp_path / "data" / "t1" / f"{name}_T1w.nii.gz", head_image((34, 30, 32)))
     write_scan(scan.with_name(f"{TRUE_SCAN}_dseg.nii.gz"), (head_image((34, 30, 32)) > 550).astype(np.int16))
