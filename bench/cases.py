@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.bench import scans
-from edgemuse.bench.models import dlmuse_scan, random_dlmuse
+from edgemuse.bench.models import development_bundle, dlmuse_scan, random_dlmuse
 from edgemuse.calibration.calibrate import Work
 from edgemuse.calibration.half import half_precision
 from edgemuse.calibration.quantise import quantise
@@ -59,7 +59,9 @@ def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
         random_dlmuse(shared, work / "part", mirror_axes=(0, 1, 2)).rename(folder)
     (work / "scan").mkdir(exist_ok=True)
     scan = dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
-    plain = _exported(folder, work / "fp32.bundle", ExportOptions(orientation="LPS"), progress)
+    plain = work / "fp32.bundle"
+    if not plain.exists():
+        export_model(folder, plain, ExportOptions(orientation="LPS", progress=progress))
     bundle = _all_precisions(plain, work / "all.bundle", scan, progress, CORNER)
     unmirrored = without_mirroring(bundle, work / "unmirrored.bundle")
     return Case("DLMUSE's network, random weights", bundle, folder, scan, unmirrored=unmirrored)
@@ -77,22 +79,13 @@ def trained(name: str, plain: Path, folder: Path | None, shared: Path, work: Pat
 
 def development(shared: Path, work: Path, progress: Progress) -> Case:
     """The development model."""
-    folder = shared / "data" / "devmodel"
-    options = ExportOptions(orientation="LPS", labels=folder / "labels.tsv")
-    plain = _exported(folder, work / "fp32.bundle", options, progress)
-    return trained("development model", plain, folder, shared, work, progress)
+    plain = development_bundle(shared, work, progress)
+    return trained("development model", plain, shared / "data" / "devmodel", shared, work, progress)
 
 
 def built_in(shared: Path, work: Path, progress: Progress, folder: Path | None = None) -> Case:
     """The built-in model; `folder` is what it was exported from."""
     return trained("built-in model", BUILT_IN, folder, shared, work, progress)
-
-
-def _exported(folder: Path, output: Path, options: ExportOptions, progress: Progress) -> Path:
-    if not output.exists():
-        progress(f"exporting {folder}")
-        export_model(folder, output, options)
-    return output
 
 
 def _all_precisions(plain: Path, output: Path, scan: Path, progress: Progress, side: int | None = None) -> Path:

@@ -50,7 +50,7 @@ def main(shared: Path, output: Path) -> None:
     say = partial(click.echo, err=True)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        models = {"Development model": development_bundle(shared, work), "Built-in model": BUILT_IN}
+        models = {"Development model": development_bundle(shared, work, say), "Built-in model": BUILT_IN}
         pages = [INTRODUCTION]
         for title, model in models.items():
             made = calibrate(model, shared / "data" / "t1", work / f"{title}.calibrated", say)

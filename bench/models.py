@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ DLMUSE_SHAPE = (163, 214, 155)
 """Of a T1 that was cropped to the brain, at 1 mm."""
 
 
-def development_bundle(shared: Path, work: Path) -> Path:
+def development_bundle(shared: Path, work: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
     """The trained development model with FreeSurfer's numbers, exported once into `work`."""
     folder, bundle = shared / "data" / "devmodel", work / "dev.bundle"
     if not bundle.exists():
-        export_model(folder, bundle, ExportOptions(orientation="LPS", labels=folder / "labels.tsv"))
+        options = ExportOptions(orientation="LPS", labels=folder / "labels.tsv", progress=progress)
+        export_model(folder, bundle, options)
     return bundle
 
 

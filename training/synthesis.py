@@ -41,7 +41,7 @@ T1_MEANS = {
 what two whole heads show, where deep grey matter and the brain stem are much like white matter."""
 FLUIDS = (4, 5, 14, 15, 24, 72)
 FINE = 1.0
-"""Images are painted at this spacing in mm, and come to the network's spacing by averaging, as tissue borders do."""
+"""Images are painted at this spacing in mm, and come to the network's spacing by linear interpolation."""
 COARSE = 6.0
 """Spacing in mm of the copy of the whole head from which the scan's mean and deviation are taken."""
 RANDOM_CONTRAST = 0.2
@@ -67,14 +67,12 @@ class Warp:
     Attributes:
         linear: rotation, scaling and shear.
         centre: (3,) voxel of the label map at the scan's centre.
-        displacement: (1, 3, n, n, n) voxels, on a grid over `span` mm around the centre.
-        span: side of that grid.
+        displacement: (1, 3, n, n, n) voxels, on a grid over `SPAN` mm around the centre.
     """
 
     linear: Tensor
     centre: Tensor
     displacement: Tensor
-    span: float
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def draw_warp(labels: LabelMap, g: torch.Generator) -> Warp:
     points = 5 if chance(g, 0.5) else 9
     amplitude = uniform(g, 0, 4) if points == 5 else uniform(g, 0, 2.5)
     displacement = torch.randn((1, 3, points, points, points), generator=g) * amplitude
-    return Warp(linear, brain_centre(labels), displacement, SPAN)
+    return Warp(linear, brain_centre(labels), displacement)
 
 
 def brain_centre(labels: LabelMap) -> Tensor:
@@ -185,7 +183,7 @@ def sample_labels(labels: LabelMap, warp: Warp, corner: Tensor, shape: Shape, sp
         + warp.centre[n]
         for n in range(3)
     ]
-    elastic = _field(warp.displacement, axes, warp.span)
+    elastic = _field(warp.displacement, axes)
     sizes = torch.tensor(labels.shape)
     inside = torch.ones(shape, dtype=torch.bool)
     index = torch.zeros(shape, dtype=torch.int64)
@@ -198,14 +196,14 @@ def sample_labels(labels: LabelMap, warp: Warp, corner: Tensor, shape: Shape, sp
     return found
 
 
-def _field(grid: Tensor, axes: list[Tensor], span: float) -> Tensor:
-    """(C, d, h, w): a coarse grid (1, C, n, n, n) over `span` mm around 0, linear in between, at the points of `axes`.
+def _field(grid: Tensor, axes: list[Tensor]) -> Tensor:
+    """(C, d, h, w): a coarse grid (1, C, n, n, n) over `SPAN` mm around 0, linear in between, at the points of `axes`.
 
     Interpolation along one axis after the other: three small matrix products instead of eight gathers a point.
     """
     for n, axis in enumerate(axes):
         count = grid.shape[2 + n]
-        grid = _along(grid, _linear((axis / span + 0.5) * (count - 1), count), 2 + n)
+        grid = _along(grid, _linear((axis / SPAN + 0.5) * (count - 1), count), 2 + n)
     return grid[0]
 
 
@@ -303,8 +301,8 @@ def paint(labels: Tensor, look: Look, corner: Tensor, spacing: float, g: torch.G
     image += look.spreads[index].reshape(labels.shape) * torch.randn(labels.shape, generator=g)
     axes = [float(corner[n]) + spacing * torch.arange(labels.shape[n], dtype=torch.float32) for n in range(3)]
     if look.texture is not None:
-        image *= 1 + look.texture.shares[index].reshape(labels.shape) * _field(look.texture.field, axes, SPAN)[0]
-    image *= torch.exp(_field(look.bias, axes, SPAN)[0])
+        image *= 1 + look.texture.shares[index].reshape(labels.shape) * _field(look.texture.field, axes)[0]
+    image *= torch.exp(_field(look.bias, axes)[0])
     if look.stripped is not None:
         image *= brain_mask(labels, look.stripped, look.fluid, spacing)
     return image.clamp_min_(0)

@@ -34,7 +34,7 @@ few = settings(max_examples=8, deadline=None)
 
 def still(labels):
     """No deformation: point 0 is the array's first voxel."""
-    return Warp(torch.eye(3), torch.zeros(3), torch.zeros(1, 3, 5, 5, 5), 240.0)
+    return Warp(torch.eye(3), torch.zeros(3), torch.zeros(1, 3, 5, 5, 5))
 
 
 def test_without_deformation_the_grid_reads_the_map(head):
