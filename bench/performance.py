@@ -28,7 +28,7 @@ import platformdirs
 
 from edgemuse.bench import cases, changes, scans
 from edgemuse.bench.cases import Case
-from edgemuse.bench.performance_report import BY_HAND, report
+from edgemuse.bench.performance_report import changes_part, network_part, page, parts_of
 from edgemuse.bench.process import ProcessFailure, measure
 from edgemuse.bench.roofline import operations, peaks
 from edgemuse.bench.rows import Row, append, commit, rewrite, whole_lines
@@ -42,6 +42,13 @@ from edgemuse.runtime.outputs import output_paths
 from edgemuse.runtime.precision import stored_precision
 from edgemuse.runtime.scan import scan_stem
 
+PARTS = {
+    "dev": "Development model",
+    "builtin": "Built-in model",
+    "dlmuse": "DLMUSE's network, random weights",
+    "changes": "What changes brought",
+}
+"""Titles of the parts of the page."""
 LONG = 150.0
 """Seconds; what takes longer runs once."""
 SMALL_RAM = "2.1"
@@ -297,33 +304,48 @@ def quick(case: Case, every: Iterable[System]) -> tuple[Case, list[System]]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
 @click.option("--repeats", default=3, show_default=True, help="Warm runs of each system, in turn.")
 @click.option("--quick", "fast", is_flag=True, help="The development model and OpenVINO alone, one warm run.")
+@click.option("--part", "names", multiple=True, type=click.Choice(list(PARTS)), default=list(PARTS), help="Measure "
+              "only this; the page keeps what it says of the rest.  [default: all]")  # fmt: skip
 @click.option("--built-in-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
               help="The model folder that the built-in model was exported from, to run nnU-Net on it.")  # fmt: skip
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for models, labels and engines.  [default: in "
               "the user's cache]")  # fmt: skip
-def main(shared: Path, output: Path, repeats: int, fast: bool, built_in_folder: Path | None, work: Path | None) -> None:
+def main(
+    shared: Path,
+    output: Path,
+    repeats: int,
+    fast: bool,
+    names: tuple[str, ...],
+    built_in_folder: Path | None,
+    work: Path | None,
+) -> None:
     """Measure all systems; 45 minutes or more on two idle cores, half of it nnU-Net. Interrupted, it goes on."""
     progress = partial(click.echo, err=True)
     folder = work or Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "performance"
     rows = RowCache(output.with_suffix(".jsonl"), context(), progress)
-    makers = {"dev": cases.development}
-    if not fast:
-        makers |= {"builtin": partial(cases.built_in, folder=built_in_folder), "dlmuse": cases.dlmuse}
-    found, left_out = {}, list[str]()
-    for name, make in makers.items():
+    makers: dict[str, Callable[[Path, Path, Progress], Case]] = {
+        "dev": cases.development,
+        "builtin": partial(cases.built_in, folder=built_in_folder),
+        "dlmuse": cases.dlmuse,
+    }
+    written = output.read_text(encoding="utf-8") if output.exists() else ""
+    parts = parts_of(written)
+    best = peaks()
+    for name in ["dev"] if fast else [name for name in makers if name in names]:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        case = make(shared, folder / name, progress)
+        case = makers[name](shared, folder / name, progress)
         bundle = open_bundle(case.bundle)
         every = systems(case, bundle, 1 if fast else repeats)
         case, every = quick(case, every) if fast else (case, every)
         bench = Bench(case, bundle, every, folder / name, rows, progress)
         bench.run_all()
-        found[case.name] = summarise(bench)
-        left_out += [f"{case.name}, {system.name}: {reason}" for system, reason in bench.failed.items()]
-    progress("measuring the peak of the processor and single steps")
-    text = report(found, left_out, peaks(), changes.measured(shared), rows.context)
-    kept = output.read_text(encoding="utf-8").partition(BY_HAND)[2] if output.exists() else "\n"
-    output.write_text(text + BY_HAND + kept, encoding="utf-8")
+        left_out = {system.name: reason for system, reason in bench.failed.items()}
+        parts[PARTS[name]] = network_part(summarise(bench), left_out, best, rows.context)
+    if "changes" in names:
+        progress("measuring single steps")
+        parts[PARTS["changes"]] = changes_part(changes.measured(shared), rows.context)
+    text = page({title: parts[title] for title in PARTS.values() if title in parts})
+    output.write_text(text, encoding="utf-8")
     click.echo(output)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from edgemuse.bench.rows import Row
 
-BY_HAND = "<!-- What follows is written by hand and kept. -->\n"
 INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.performance ../shared -o docs/performance.md -->
 # Performance
 
@@ -19,39 +18,42 @@ scans and that truth. Islands are kept, as nnU-Net keeps them. A system that tak
 minutes, or a backend that `auto` would not take, runs once, cold. Trained networks whose bundle stores no int8 are
 quantised on the sample scan that comes with edgemuse. With random weights every structure is also scattered over the
 whole volume, so that *quality*, which looks for the components of each, takes longer than with a trained network.
+
+Stages: *rest* is starting Python, imports, opening the bundle, putting files in place, ending the process; *infer* is
+the network, merging tiles and the head.
+
+Peak of the processor: the most that chained products of matrices of 1536 x 1536 reach on all cores, compiled by
+OpenVINO. GFLOP: multiplications and additions of the convolutions as the ONNX graph has them; edgemuse's rewrites save
+some of them, so a share of the peak may be flattering. *Infer* is the stage, *run* the whole process.
 """
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write")
-REST = """*Rest*: starting Python, imports, opening the bundle, putting files in place, ending the process. *Infer*: the
-network, merging tiles and the head.
-"""
 CHANGES = """Each step in turn with the simple form that it replaced, on real scans
 (`python -m edgemuse.bench.changes ../shared`).
 """
-ROOFLINE = """\
-Peak: the most that chained products of matrices of 1536 x 1536 reach on all cores, compiled by OpenVINO. Operations:
-multiplications and additions of the convolutions as the ONNX graph has them; edgemuse's rewrites save some of them,
-so a share of the peak may be flattering. *Infer* is the stage, *run* the whole process.
-"""
 
 
-def report(
-    found: Mapping[str, Sequence[Row]],
-    left_out: Sequence[str],
-    peaks: Mapping[str, float],
-    changes: str,
-    context: Row,
-) -> str:
-    """The page, up to what is written by hand."""
-    parts = [INTRODUCTION, _machine(context)]
-    for case, rows in found.items():
-        parts += [f"\n## {case[0].upper() + case[1:]}\n", _overview(rows)]
-    if left_out:
-        parts += ["\n## Did not run\n", *(f"- {line}" for line in left_out)]
-    parts += ["\n## Where the time goes, seconds\n", REST]
-    parts += [f"{case}:\n\n{_stages(rows)}" for case, rows in found.items()]
-    parts += ["\n## What changes brought\n", CHANGES, changes]
-    parts += ["\n## Against the peak of the processor\n", ROOFLINE, _roofline(found, peaks)]
-    return "\n".join(parts) + "\n"
+def page(parts: Mapping[str, str]) -> str:
+    """The page of its parts by their titles."""
+    texts = [INTRODUCTION.strip(), *(f"## {title}\n\n{part.strip()}" for title, part in parts.items())]
+    return "\n\n".join(texts) + "\n"
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """The parts of a page that was written before, by their titles."""
+    found = (part.partition("\n") for part in text.split("\n## ")[1:])
+    return {title: part for title, _, part in found}
+
+
+def network_part(rows: Sequence[Row], left_out: Mapping[str, str], peaks: Mapping[str, float], context: Row) -> str:
+    """What was measured of one network; `left_out`: why a system did not run, by its name."""
+    parts = [_machine(context), _overview(rows), *(f"Did not run: {name}: {why}\n" for name, why in left_out.items())]
+    parts += ["### Stages, seconds\n", _stages(rows), "### Share of the processor's peak\n", _roofline(rows, peaks)]
+    return "\n".join(parts)
+
+
+def changes_part(measured: str, context: Row) -> str:
+    """The table of `edgemuse.bench.changes`."""
+    return "\n".join([_machine(context), CHANGES, measured])
 
 
 def _machine(context: Row) -> str:
@@ -93,21 +95,20 @@ def _stages(rows: Sequence[Row]) -> str:
     return table(("profile | backend | precision", *STAGES, "rest", "all"), lines)
 
 
-def _roofline(found: Mapping[str, Sequence[Row]], peaks: Mapping[str, float]) -> str:
-    lines = [[precision, f"{value / 1e9:.0f}"] for precision, value in peaks.items()]
+def _roofline(rows: Sequence[Row], peaks: Mapping[str, float]) -> str:
+    reached = ", ".join(f"{precision} {value / 1e9:.0f}" for precision, value in peaks.items())
     shares = []
-    for case, rows in found.items():
-        for row in rows:
-            if row["nnunet"] or row["precision"] not in peaks:
-                continue
-            best = row["operations"] / peaks[row["precision"]]
-            tile = f"{row['tiles']} of {' x '.join(map(str, row['tile']))}"
-            tile += f", {row['copies']} mirrored copies" if row["copies"] > 1 else ""
-            rate = row["operations"] / row["stages"]["infer"] / 1e9
-            cells = [case, row["system"], tile, f"{row['operations'] / 1e9:.0f}", f"{rate:.0f}"]
-            shares.append([*cells, f"{best / row['stages']['infer']:.0%}", f"{best / row['seconds']:.0%}"])
-    header = ("network", "profile | backend | precision", "tiles", "GFLOP", "GFLOP/s", "infer of peak", "run of peak")
-    return table(("precision", "peak, GFLOP/s"), lines) + "\n" + table(header, shares)
+    for row in rows:
+        if row["nnunet"] or row["precision"] not in peaks:
+            continue
+        best = row["operations"] / peaks[row["precision"]]
+        tile = f"{row['tiles']} of {' x '.join(map(str, row['tile']))}"
+        tile += f", {row['copies']} mirrored copies" if row["copies"] > 1 else ""
+        rate = row["operations"] / row["stages"]["infer"] / 1e9
+        cells = [row["system"], tile, f"{row['operations'] / 1e9:.0f}", f"{rate:.0f}"]
+        shares.append([*cells, f"{best / row['stages']['infer']:.0%}", f"{best / row['seconds']:.0%}"])
+    header = ("profile | backend | precision", "tiles", "GFLOP", "GFLOP/s", "infer of peak", "run of peak")
+    return f"Peak, GFLOP/s: {reached}.\n\n{table(header, shares)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -53,6 +53,7 @@ class Plan:
         patch: d, h, w.
         workers: processes that synthesise samples; 0: this one.
         weighted: whether rare classes count more in the cross-entropy.
+        levels: resolutions that count in the loss, from the finest.
         seed: of the stream of samples.
     """
 
@@ -65,6 +66,7 @@ class Plan:
     patch: Shape = folder.PATCH
     workers: int = 1
     weighted: bool = True
+    levels: int = len(LEVELS)
     seed: int = SEED
 
     def rate_at(self, step: int) -> float:
@@ -194,13 +196,15 @@ def half_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     return context
 
 
-def train_step(run: Run, image: Tensor, target: Tensor, weights: Tensor, rate: float) -> tuple[float, float]:
+def train_step(
+    run: Run, image: Tensor, target: Tensor, weights: Tensor, rate: float, levels: int = len(LEVELS)
+) -> tuple[float, float]:
     """One step; returns the loss and the Dice of the classes present."""
     for group in run.optimiser.param_groups:
         group["lr"] = rate
     with half_precision(image.device.type):
         outputs = run.network(image)
-    loss, dice = total_loss(outputs, target, weights)
+    loss, dice = total_loss(outputs[:levels], target, weights)
     run.optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.network.parameters(), 12.0)
@@ -268,14 +272,15 @@ class Record:
 @click.command(context_settings={"show_default": True})
 @click.argument("labelmaps", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder or bundle to start from. A "
-              "bundle lacks the lower layers of deep supervision, and while these are new the others lose some of what "
-              "they know: a folder is better.")  # fmt: skip
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder or bundle to start from.")
 @click.option("--steps", default=20_000, help="Steps in all; may be changed when a run goes on.")
 @click.option("--rate", default=1.5e-3, help="Learning rate before it falls.")
 @click.option("--validate-every", default=500)
 @click.option("--weighted/--unweighted", default=True, help="Whether rare classes count more in the cross-entropy: "
               "a new network does not find them otherwise, a trained one then finds too much of them.")  # fmt: skip
+@click.option("--deep-supervision/--no-deep-supervision", default=True, help="Whether half and quarter resolution "
+              "count in the loss. A bundle lacks the layers for these; new ones would spoil what the others know, so a "
+              "start from a bundle needs --no-deep-supervision, and so does a start from such a run.")  # fmt: skip
 @click.option("--seed", default=SEED, help="Of the samples: a run that starts from another's weights sees new ones.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 def main(
@@ -286,10 +291,13 @@ def main(
     rate: float,
     validate_every: int,
     weighted: bool,
+    deep_supervision: bool,
     seed: int,
     device: str,
 ) -> None:
     """Train on images synthesised from LABELMAPS, or go on with the run in the output folder."""
+    if deep_supervision and start is not None and not (start / folder.CHECKPOINT).is_file():
+        raise click.UsageError("--start with a bundle needs --no-deep-supervision")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     output.mkdir(parents=True, exist_ok=True)
@@ -298,7 +306,8 @@ def main(
     run = new_run(folder.FEATURES, device, start)
     if (output / "state.pth").exists():
         run.restore(torch.load(output / "state.pth", map_location=device, weights_only=True))
-    plan = Plan(steps, rate, validate_every=validate_every, device=device, weighted=weighted, seed=seed)
+    levels = len(LEVELS) if deep_supervision else 1
+    plan = Plan(steps, rate, validate_every=validate_every, device=device, weighted=weighted, levels=levels, seed=seed)
     train(run, plan, maps, unseen, output)
 
 
@@ -325,7 +334,7 @@ def train(run: Run, plan: Plan, maps: list[LabelMap], unseen: list[LabelMap], ou
     with stop_signals() as stopped:
         for image, target in batches(Samples(maps, plan.patch, plan.seed, run.step, plan.steps), plan):
             rate = plan.rate_at(run.step)
-            record.add(*train_step(run, image, target, weights, rate))
+            record.add(*train_step(run, image, target, weights, rate, plan.levels))
             if run.step % 50 == 0:
                 record.write(step=run.step, rate=rate)
             if run.step % plan.validate_every == 0 or run.step == plan.steps:

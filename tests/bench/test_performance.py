@@ -18,7 +18,7 @@ for library in ("torch", "nnunetv2", "nncf"):
 from edgemuse.bench import performance
 from edgemuse.bench.cases import Case, without_mirroring
 from edgemuse.bench.performance import Bench, RowCache, summarise, systems
-from edgemuse.bench.performance_report import report
+from edgemuse.bench.performance_report import network_part, page, parts_of
 from edgemuse.bench.process import ProcessFailure, Run
 from edgemuse.runtime.bundle import open_bundle
 
@@ -134,18 +134,27 @@ def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Be
     assert bench.verdict(system, "fp32") == ""  # without a truth
 
 
-def test_the_page_has_a_row_for_every_system(bench: Bench) -> None:
+def test_a_part_has_three_rows_for_every_system(bench: Bench) -> None:
     bench.run_all()
-    page = report(
-        {"tiny": summarise(bench)}, ["a: why"], {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, "| a change |", CONTEXT
-    )
+    part = network_part(summarise(bench), {"a": "why"}, {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, CONTEXT)
     for system in bench.systems:
-        assert page.count(f"| {system.name} |") == 3  # time, stages, share of the peak
-    row = next(line for line in page.splitlines() if line.startswith(f"| {bench.systems[1].name} |"))
-    assert row.count("|") == page.splitlines()[page.splitlines().index("## Tiny") + 2].count("|")
-    assert "| fp32 | 100 |" in page
-    assert "| a change |" in page
-    assert "- a: why" in page
+        assert part.count(f"| {system.name} |") == 3  # time, stages, share of the peak
+    lines = part.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("| profile |"))
+    assert lines[header + 2].startswith(f"| {bench.systems[0].name} |")
+    assert lines[header + 2].count("|") == lines[header].count("|")
+    assert "fp32 100, bf16 200, int8 400" in part
+    assert "a: why" in part
+    assert "a processor, 2 cores; commit abc" in part
+
+
+def test_a_page_gives_its_parts_back() -> None:
+    parts = {"One": "text\n\n### Below\n\n| a |\n", "Two": "more\n"}
+    text = page(parts)
+    found = parts_of(text)
+    assert page(found) == text
+    assert list(found) == ["One", "Two"]
+    assert parts_of("") == {}
 
 
 def test_a_system_that_fails_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from edgemuse.export.checkpoint import read_checkpoint
@@ -80,6 +81,26 @@ def test_classes_may_count_alike(weighted, value, small, head, tmp_path, monkeyp
     plan = replace(PLAN, steps=1, weighted=weighted)
     train.train(train.new_run(FEATURES, "cpu", None), plan, [head], [head], tmp_path)
     assert set(seen) == {value}
+
+
+def test_without_deep_supervision_the_lower_layers_stay(small, head, tmp_path):
+    run = train.new_run(FEATURES, "cpu", None)
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    train.train(run, replace(PLAN, steps=1, levels=1), [head], [head], tmp_path)
+    changed = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
+    layers = {name for name in before if name.startswith(folder.SUPERVISION)}
+    finest = max(layers).rpartition(".")[0]
+    assert changed & layers == {f"{finest}.weight", f"{finest}.bias"}
+    assert "encoder.stages.0.0.convs.0.conv.weight" in changed
+
+
+def test_a_start_from_a_bundle_needs_training_without_deep_supervision(tmp_path):
+    bundle = tmp_path / "model.zip"
+    bundle.write_bytes(b"")
+    result = CliRunner().invoke(train.main, [str(tmp_path), "-o", str(tmp_path / "run"), "--start", str(bundle)])
+    assert result.exit_code == 2
+    assert "--no-deep-supervision" in result.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_run_ends_where_a_whole_one_does(small, head, tmp_path):
