@@ -279,7 +279,7 @@ INTRODUCTION = f"""<!-- Written by: python -m edgemuse.bench.builtin SHARED --he
 *Synthetic, held out*: whole scans synthesised from four label maps that training never saw, half of them
 skull-stripped. *vxm*: a real, skull-stripped scan with FreeSurfer's labels, never trained on, and reported once for
 each candidate. A look at where the two differ on it found choroid plexus taken for ventricle, and led to darker
-plexus in the images of the last 95 steps. *Islands kept*: without the removal of islands, `--no-postprocess`.
+plexus in the images of the last steps. *Islands kept*: without the removal of islands, `--no-postprocess`.
 
 The two differ in what they call by one number. FreeSurfer's {OTHER_FLUID} is a little fluid in the middle of the brain,
 the model's is all fluid around it. FreeSurfer's inferior lateral ventricles (5, 44) are a few hundred voxels in this
