@@ -15,6 +15,7 @@ import click
 
 from edgemuse.bench.benchmark import Request, benchmark
 from edgemuse.bench.models import development_bundle, prepare_dlmuse
+from edgemuse.bench.performance_report import parts_of
 from edgemuse.bench.report import METHOD, Section, pictures, sections, to_markdown
 from edgemuse.bench.rows import read_rows
 from edgemuse.bench.run import scans_in
@@ -135,7 +136,7 @@ def document(parts: dict[str, list[Section]], target: Path) -> dict[Path, bytes]
     """
     contents: dict[Path, bytes] = {}
     pages = ["# Benchmark", f"Written by `{COMMAND}`, a part at a time; each says by which commit and where."]
-    written = _written(target)
+    written = parts_of(target.read_text(encoding="utf-8") if target.is_file() else "")
     for name, part in PARTS.items():
         if name in parts:
             shown = [section for section in map(partial(_shown, part.figures), parts[name]) if section is not None]
@@ -143,15 +144,9 @@ def document(parts: dict[str, list[Section]], target: Path) -> dict[Path, bytes]
             pages.append(to_markdown([intro, *shown[1:]], 2, f"{target.stem}/{name}_"))
             contents |= {target.with_suffix("") / f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
         elif part.title in written:
-            pages.append(written[part.title])
+            pages.append(f"## {part.title}\n{written[part.title]}")
     pages.append(to_markdown([Section("How it was measured", METHOD)], 2))
     return {target: "\n\n".join(page.rstrip() for page in pages).encode() + b"\n"} | contents
-
-
-def _written(page: Path) -> dict[str, str]:
-    """The parts of a page that was written before, by their titles."""
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    return {part.partition("\n")[0]: f"## {part}" for part in text.split("\n## ")[1:]}
 
 
 def _shown(figures: tuple[str, ...], section: Section) -> Section | None:

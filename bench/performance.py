@@ -328,10 +328,12 @@ def main(
         "builtin": partial(cases.built_in, folder=built_in_folder),
         "dlmuse": cases.dlmuse,
     }
-    written = output.read_text(encoding="utf-8") if output.exists() else ""
-    parts = parts_of(written)
-    best = peaks()
-    for name in ["dev"] if fast else [name for name in makers if name in names]:
+    parts = parts_of(output.read_text(encoding="utf-8") if output.exists() else "")
+    chosen = ["dev"] if fast else [name for name in makers if name in names]
+    if chosen:
+        progress("measuring the peak of the processor")
+    best = peaks() if chosen else {}
+    for name in chosen:
         (folder / name).mkdir(parents=True, exist_ok=True)
         case = makers[name](shared, folder / name, progress)
         bundle = open_bundle(case.bundle)
@@ -344,8 +346,7 @@ def main(
     if "changes" in names:
         progress("measuring single steps")
         parts[PARTS["changes"]] = changes_part(changes.measured(shared), rows.context)
-    text = page({title: parts[title] for title in PARTS.values() if title in parts})
-    output.write_text(text, encoding="utf-8")
+    output.write_text(page({title: parts[title] for title in PARTS.values() if title in parts}), encoding="utf-8")
     click.echo(output)
 
 

@@ -18,7 +18,7 @@ for library in ("torch", "nnunetv2", "nncf"):
 from edgemuse.bench import performance
 from edgemuse.bench.cases import Case, without_mirroring
 from edgemuse.bench.performance import Bench, RowCache, summarise, systems
-from edgemuse.bench.performance_report import network_part, page, parts_of
+from edgemuse.bench.performance_report import changes_part, network_part, page, parts_of
 from edgemuse.bench.process import ProcessFailure, Run
 from edgemuse.runtime.bundle import open_bundle
 
@@ -144,8 +144,9 @@ def test_a_part_has_three_rows_for_every_system(bench: Bench) -> None:
     assert lines[header + 2].startswith(f"| {bench.systems[0].name} |")
     assert lines[header + 2].count("|") == lines[header].count("|")
     assert "fp32 100, bf16 200, int8 400" in part
-    assert "a: why" in part
+    assert "Did not run: a: why" in part
     assert "a processor, 2 cores; commit abc" in part
+    assert "| a change |" in changes_part("| a change |", CONTEXT)
 
 
 def test_a_page_gives_its_parts_back() -> None:
