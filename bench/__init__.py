@@ -1,1 +1,1 @@
-"""Measurements against the PyTorch reference, each a command: `python -m edgemuse.bench.parity --help`."""
+"""Measurements against the PyTorch reference, each a command: `python -m edgemuse.bench.pages.parity --help`."""

@@ -10,21 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemuse.bench import mlperf
-from edgemuse.bench.accuracy import Structure, compare_files, read_labels, read_mapping, same_protocol
-from edgemuse.bench.footprint import footprint
-from edgemuse.bench.report import write_report
-from edgemuse.bench.rows import Results, context
-from edgemuse.bench.run import Subject, label_path, measure_all, scans_in, schedule, source_of
-from edgemuse.bench.scaling import scale
-from edgemuse.bench.summary import baseline_of, focus, summarise
-from edgemuse.bench.systems import System, all_systems, parse_system, quick, select
+from edgemuse.bench.measure import mlperf
+from edgemuse.bench.measure.accuracy import Structure, compare_files, read_labels, read_mapping, same_protocol
+from edgemuse.bench.measure.footprint import footprint
+from edgemuse.bench.measure.rows import Results, context
+from edgemuse.bench.measure.run import Subject, label_path, measure_all, scans_in, schedule, source_of
+from edgemuse.bench.measure.scaling import scale
+from edgemuse.bench.measure.scores import baseline_of
+from edgemuse.bench.measure.systems import System, all_systems, parse_system, quick, select
+from edgemuse.bench.report.report import write_report
+from edgemuse.bench.report.summary import focus, summarise
 from edgemuse.calibration.scans import Source
 from edgemuse.engines.errors import InputError, OutputError
-from edgemuse.runtime.builtin import SAMPLE_SCAN
-from edgemuse.runtime.bundle import open_model
-from edgemuse.runtime.scan import file_sha256, scan_stem
-from edgemuse.runtime.store import find_model
+from edgemuse.runtime.model.builtin import SAMPLE_SCAN
+from edgemuse.runtime.model.bundle import open_model
+from edgemuse.runtime.model.store import find_model
+from edgemuse.runtime.scan.nifti import file_sha256, scan_stem
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from edgemuse.runtime.extras import needs_extra
+from edgemuse.runtime.cli.extras import needs_extra
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -125,7 +125,7 @@ def compare(first: Path, second: Path) -> None:
     Both must be on the same scans; commits, machines, versions and models may differ and are named.
     """
     with needs_extra("bench", "benchmarking", "a package"):
-        from edgemuse.bench.compare import compare as compared
+        from edgemuse.bench.report.compare import compare as compared
     click.echo(compared(first, second), nl=False)
 
 
@@ -144,7 +144,7 @@ def downstream(reference: Path, engine: Path, covariates: Path) -> None:
     Prints Markdown.
     """
     with needs_extra("bench", "benchmarking", "a package"):
-        from edgemuse.bench.downstream import downstream as compared
+        from edgemuse.bench.report.downstream import downstream as compared
     click.echo(compared(reference, engine, covariates), nl=False)
 
 

@@ -25,7 +25,7 @@ from edgemuse.export.writer import (
     write_bundle,
     write_cascade,
 )
-from edgemuse.runtime.bundle import (
+from edgemuse.runtime.model.bundle import (
     Bundle,
     Cascade,
     CascadeManifest,
@@ -35,7 +35,7 @@ from edgemuse.runtime.bundle import (
     open_bundle,
     open_model,
 )
-from edgemuse.runtime.precision import ALWAYS_FP32
+from edgemuse.runtime.model.precision import ALWAYS_FP32
 
 FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}
 ATTEMPTS = 3

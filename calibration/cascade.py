@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from edgemuse.calibration.scans import Source, read_truth
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.runtime.bundle import Cascade
-from edgemuse.runtime.labels import to_indices
-from edgemuse.runtime.pipeline import Options
-from edgemuse.runtime.precision import ALWAYS_FP32
-from edgemuse.runtime.preprocess import Box
-from edgemuse.runtime.scan import scan_stem
-from edgemuse.runtime.stages import CascadeSegmenter, Crop, Turned
+from edgemuse.runtime.model.bundle import Cascade
+from edgemuse.runtime.model.precision import ALWAYS_FP32
+from edgemuse.runtime.network.preprocess import Box
+from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, Crop, Turned
+from edgemuse.runtime.pipeline.segmenter import Options
+from edgemuse.runtime.regions.labels import to_indices
+from edgemuse.runtime.scan.nifti import scan_stem
 
 
 def stage_inputs(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from edgemuse.runtime.extras import needs_extra
-from edgemuse.runtime.models import model_dir_option
+from edgemuse.runtime.cli.extras import needs_extra
+from edgemuse.runtime.cli.models import model_dir_option
 
 
 @click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")
@@ -49,7 +49,7 @@ def calibrate(bundle: Path, data: Path, output: Path | None, model_dir: Path | N
     """  # noqa: D301  # \b keeps click from wrapping the example
     with needs_extra("calibrate", "calibrating", "NNCF"):
         from edgemuse.calibration import calibrate as module
-    from edgemuse.runtime.store import find_model
+    from edgemuse.runtime.model.store import find_model
 
     source = find_model(bundle, model_dir)
     click.echo(module.calibrate(source, data, output or source, partial(click.echo, err=True)))

@@ -14,11 +14,11 @@ from edgemuse.engines.errors import BackendError, MemoryLimitError, one_line
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.engines.registry import choose, statuses
-from edgemuse.runtime.bundle import Bundle, GateRow
-from edgemuse.runtime.pipeline import Options, Segmenter
-from edgemuse.runtime.precision import ALWAYS_FP32, stored_precision
-from edgemuse.runtime.profiles import PROFILES
-from edgemuse.runtime.types import Labels
+from edgemuse.runtime.model.bundle import Bundle, GateRow
+from edgemuse.runtime.model.precision import ALWAYS_FP32, stored_precision
+from edgemuse.runtime.network.profiles import PROFILES
+from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.scan.types import Labels
 
 Progress = Callable[[str], None]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgemuse.runtime.agreement import dice
-from edgemuse.runtime.types import Labels
+from edgemuse.runtime.regions.agreement import dice
+from edgemuse.runtime.scan.types import Labels
 
 TRUTH_SHARE = {"int8": 0.99}
 """Share of the reference's mean Dice against the truth that must be kept."""

@@ -10,13 +10,13 @@ import numpy as np
 
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import Batch
-from edgemuse.runtime.bundle import Network
-from edgemuse.runtime.geometry import shape_of
-from edgemuse.runtime.labels import Label
-from edgemuse.runtime.preprocess import preprocess
-from edgemuse.runtime.scan import SUFFIXES, file_sha256, open_scan, read_image, scan_stem
-from edgemuse.runtime.tiles import cut, plan_tiles
-from edgemuse.runtime.types import Labels
+from edgemuse.runtime.model.bundle import Network
+from edgemuse.runtime.network.preprocess import preprocess
+from edgemuse.runtime.network.tiles import cut, plan_tiles
+from edgemuse.runtime.regions.labels import Label
+from edgemuse.runtime.scan.geometry import shape_of
+from edgemuse.runtime.scan.nifti import SUFFIXES, file_sha256, open_scan, read_image, scan_stem
+from edgemuse.runtime.scan.types import Labels
 
 TRUTH = "_dseg"
 MOST_CALIBRATION_SCANS = 8

@@ -16,14 +16,14 @@ from edgemuse.calibration.cascade import stage_inputs
 from edgemuse.calibration.evaluate import Setting, quiet, settings
 from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import BackendError, InputError, MemoryLimitError
-from edgemuse.runtime.bundle import Bundle, Cascade, open_model
-from edgemuse.runtime.describe import tuned_lines
-from edgemuse.runtime.models import model_dir_option
-from edgemuse.runtime.outputs import write_file
-from edgemuse.runtime.pipeline import Options, Segmenter, default_cache_dir
-from edgemuse.runtime.precision import may_choose
-from edgemuse.runtime.store import find_model
-from edgemuse.runtime.tuned import Timing, Tuned, tuned_path
+from edgemuse.runtime.cli.describe import tuned_lines
+from edgemuse.runtime.cli.models import model_dir_option
+from edgemuse.runtime.model.bundle import Bundle, Cascade, open_model
+from edgemuse.runtime.model.precision import may_choose
+from edgemuse.runtime.model.store import find_model
+from edgemuse.runtime.model.tuned import Timing, Tuned, tuned_path
+from edgemuse.runtime.pipeline.segmenter import Options, Segmenter, default_cache_dir
+from edgemuse.runtime.results.files import write_file
 
 Measure = Callable[[Bundle, Options, Path], float]
 """Segments a scan once and returns the seconds that it took."""

@@ -15,7 +15,7 @@ from torch import nn
 from edgemuse.engines.errors import ModelFolderError
 from edgemuse.export.checkpoint import Checkpoint
 from edgemuse.export.plans import Architecture
-from edgemuse.runtime.bundle import Head
+from edgemuse.runtime.model.bundle import Head
 
 NETWORKS: Mapping[str, Any] = {"PlainConvUNet": PlainConvUNet, "ResidualEncoderUNet": ResidualEncoderUNet}
 CLASSES: Mapping[str, Any] = {

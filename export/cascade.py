@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from edgemuse.export.writer import write_cascade
-from edgemuse.runtime.bundle import Bundle, CascadeManifest, open_bundle
-from edgemuse.runtime.labels import Label
-from edgemuse.runtime.muse import cortical_csf, is_muse
+from edgemuse.runtime.model.bundle import Bundle, CascadeManifest, open_bundle
+from edgemuse.runtime.regions.labels import Label
+from edgemuse.runtime.regions.muse import cortical_csf, is_muse
 
 PADDING_PERCENT = 10
 ADULT_ICV_MM3 = (900_000.0, 2_200_000.0)

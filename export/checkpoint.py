@@ -14,7 +14,7 @@ import torch
 
 from edgemuse.engines.errors import ModelFolderError
 from edgemuse.export.documents import blaming, mapping, short, text, whole
-from edgemuse.runtime.scan import file_sha256
+from edgemuse.runtime.scan.nifti import file_sha256
 
 NUMBERS = (
     "Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64", "Float16", "Float32", "Float64",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgemuse.runtime.extras import needs_extra
+from edgemuse.runtime.cli.extras import needs_extra
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

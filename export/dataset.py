@@ -10,7 +10,7 @@ from typing import Any
 
 from edgemuse.engines.errors import ModelFolderError
 from edgemuse.export.documents import blaming, mapping, read_json, short, text, whole
-from edgemuse.runtime.labels import Label, parse_label_table
+from edgemuse.runtime.regions.labels import Label, parse_label_table
 
 DATASET = "dataset.json"
 MAX_CLASSES = 1 << 16

@@ -21,8 +21,8 @@ from edgemuse.export.graph import activation_bytes, export_graph
 from edgemuse.export.plans import Plan, read_plan
 from edgemuse.export.verify import verification_patches, verify
 from edgemuse.export.writer import HEAD, check_output, head_bytes, write_bundle
-from edgemuse.runtime.bundle import Head, Manifest, Network, file_entry, is_orientation
-from edgemuse.runtime.labels import Label
+from edgemuse.runtime.model.bundle import Head, Manifest, Network, file_entry, is_orientation
+from edgemuse.runtime.regions.labels import Label
 
 GRAPH = "backbone.fp32.onnx"
 RECORDED_PACKAGES = ("edgemuse", "torch", "onnx", "dynamic-network-architectures")

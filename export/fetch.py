@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.extras import needs_extra
-from edgemuse.runtime.models import model_dir_option
+from edgemuse.runtime.cli.extras import needs_extra
+from edgemuse.runtime.cli.models import model_dir_option
 
 if TYPE_CHECKING:
     from edgemuse.export.hub import Remote
-    from edgemuse.runtime.bundle import Bundle
-    from edgemuse.runtime.labels import Label
+    from edgemuse.runtime.model.bundle import Bundle
+    from edgemuse.runtime.regions.labels import Label
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
     """  # noqa: D301  # \b keeps click from wrapping the example
     with needs_extra("models", "fetching", "PyTorch"):  # all of it before anything is downloaded
         from edgemuse.export import exporter, hub  # noqa: F401
-    from edgemuse.runtime.store import free_place, store_folder
+    from edgemuse.runtime.model.store import free_place, store_folder
 
     place = free_place(name or model, store_folder(model_dir))
     remotes = [hub.look_up(network.repository, network.folder) for network in (DLICV, DLMUSE)]
@@ -81,8 +81,8 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
 
 def _make(remotes: Sequence[Remote], place: Path) -> None:
     """Get the bundle at `place` made, by one process at a time."""
-    from edgemuse.runtime.claim import Claim
-    from edgemuse.runtime.store import free_place
+    from edgemuse.runtime.batch.claim import Claim
+    from edgemuse.runtime.model.store import free_place
 
     claim = Claim(place)
     try:
@@ -100,7 +100,7 @@ def _make(remotes: Sequence[Remote], place: Path) -> None:
 def _download_and_join(remotes: Sequence[Remote], place: Path) -> None:
     """Download both model folders, export them and join them at `place`. The folders go away if all that succeeds."""
     from edgemuse.export import hub
-    from edgemuse.runtime.muse import muse_labels
+    from edgemuse.runtime.regions.muse import muse_labels
 
     downloads = place.with_name(f".{place.stem}.download")
     downloads.mkdir(exist_ok=True)
@@ -118,8 +118,8 @@ def _short(remote: Remote) -> str:
 
 def _export(network: Published, remote: Remote, folder: Path, work: Path, labels: tuple[Label, ...] | None) -> Bundle:
     from edgemuse.export.exporter import ExportOptions, export_model
-    from edgemuse.runtime.bundle import open_bundle
-    from edgemuse.runtime.store import HUB
+    from edgemuse.runtime.model.bundle import open_bundle
+    from edgemuse.runtime.model.store import HUB
 
     options = ExportOptions(
         folds=("0",),

@@ -21,7 +21,7 @@ import onnxscript  # noqa: F401  # torch's exporter needs it: found missing here
 import torch
 
 from edgemuse.engines.errors import ModelFolderError
-from edgemuse.runtime.types import Shape
+from edgemuse.runtime.scan.types import Shape
 
 OPSET = 18
 INPUT, OUTPUT = "image", "features"

@@ -24,8 +24,8 @@ from edgemuse.export.documents import (
     text,
     whole,
 )
-from edgemuse.runtime.bundle import Normalization, NormalizationScheme, Resampling
-from edgemuse.runtime.types import Shape, Spacing
+from edgemuse.runtime.model.bundle import Normalization, NormalizationScheme, Resampling
+from edgemuse.runtime.scan.types import Shape, Spacing
 
 PLANS = "plans.json"
 MAX_STAGES = 12

@@ -23,10 +23,10 @@ from edgemuse.engines.errors import VerificationError
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
 from edgemuse.export.architecture import head_layer
-from edgemuse.runtime.bundle import Head, Network
-from edgemuse.runtime.preprocess import preprocess
-from edgemuse.runtime.scan import open_scan, read_image
-from edgemuse.runtime.types import Image, Shape
+from edgemuse.runtime.model.bundle import Head, Network
+from edgemuse.runtime.network.preprocess import preprocess
+from edgemuse.runtime.scan.nifti import open_scan, read_image
+from edgemuse.runtime.scan.types import Image, Shape
 
 TOLERANCE = 5e-3
 """Largest error allowed, in standard deviations of the reference, of features and of logits.

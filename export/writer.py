@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.builtin import BUILT_IN
-from edgemuse.runtime.bundle import (
+from edgemuse.runtime.model.builtin import BUILT_IN
+from edgemuse.runtime.model.bundle import (
     CASCADE,
     MANIFEST,
     Bundle,

@@ -25,13 +25,30 @@ MAY_IMPORT = {
     "bench": {"engines", "runtime", "export", "calibration"},
     "training": {"calibration", "export", "runtime", "engines"},
 }
+STAIRS = {
+    "runtime": ("cli", "node", "page", "dicom", "batch", "pipeline", "results", "network", "model", "regions", "scan"),
+    "bench": ("pages", "report", "measure"),
+}
+"""Rooms of a folder from the top: each may import those after it and nothing before it."""
+COMMANDS = {
+    "bench/command.py",
+    "bench/measure/footprint.py",
+    "bench/measure/worker.py",
+    "calibration/command.py",
+    "calibration/tune.py",
+    "export/cascade.py",
+    "export/command.py",
+    "export/fetch.py",
+    "export/hub.py",
+}
+"""Commands outside `runtime/cli/`; they print, and so do the programs in `bench/pages/` and `training/`."""
 RUNTIME_LIBRARIES = {"PIL", "click", "nibabel", "numpy", "platformdirs", "scipy", "threadpoolctl"}
 ENGINE_LIBRARIES = {"numpy"}
 EXCEPTIONS = {
     "engines/hardware.py": {"psutil"},
     "engines/tensorrt.py": {"tensorrt_rtx"},
     "engines/tensorrt_cuda.py": {"cuda"},
-    "runtime/cluster.py": {"distributed"},
+    "runtime/batch/cluster.py": {"distributed"},
 }
 """What a single file may import besides: memory and processors are asked for in one place, and so is CUDA."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -63,6 +80,23 @@ def own_imports(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(path) if name.startswith("edgemuse.")}
 
 
+def room_of(path: Path) -> str:
+    """`folder/room` of a file in a room of `STAIRS`, else nothing."""
+    folder, *rest = path.relative_to(ROOT).parts
+    return f"{folder}/{rest[0]}" if folder in STAIRS and len(rest) > 1 else ""
+
+
+def printing(path: Path) -> Iterator[int]:
+    """Lines of `path` that write to the terminal by `print`, `click.echo`, `sys.stdout` or `sys.stderr`."""
+    streams = {"click.echo", "click.secho", "sys.stdout", "sys.stderr"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield node.lineno
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if f"{node.value.id}.{node.attr}" in streams:
+                yield node.lineno
+
+
 def libraries(path: Path) -> set[str]:
     """Top-level names from outside edgemuse and the standard library."""
     return {name.partition(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"edgemuse"}
@@ -72,6 +106,30 @@ def libraries(path: Path) -> set[str]:
 def test_arrows_point_one_way(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     assert own_imports(path) - {folder} <= MAY_IMPORT[folder]
+
+
+ROOMS = {f"{folder}/{room}": rooms[place + 1 :] for folder, rooms in STAIRS.items() for place, room in enumerate(rooms)}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path)], ids=relative)
+def test_no_step_of_a_stair_leads_up(path: Path) -> None:
+    folder, _, room = room_of(path).partition("/")
+    others = {name.split(".")[2] for name in imports(path) if name.startswith(f"edgemuse.{folder}.")}
+    assert others & set(STAIRS[folder]) - {room} <= set(ROOMS[f"{folder}/{room}"])
+
+
+def test_every_room_has_its_step() -> None:
+    for folder, rooms in STAIRS.items():
+        assert {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")} <= set(rooms)
+    loose = {relative(path) for folder in STAIRS for path in (ROOT / folder).glob("*.py")}
+    assert loose == {"runtime/__init__.py", "bench/__init__.py", "bench/benchmark.py", "bench/command.py"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_only_commands_print(path: Path) -> None:
+    name = relative(path)
+    if name not in COMMANDS and not name.startswith(("runtime/cli/", "bench/pages/", "training/")):
+        assert not list(printing(path))
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if relative(path).startswith("engines/")], ids=relative)
@@ -94,7 +152,7 @@ def test_rules_cover_what_pip_install_brings() -> None:
 def test_importing_is_all_that_arrows_need() -> None:
     """`importlib.import_module("edgemuse.x")` would go around the table: only the two registries do it."""
     users = {relative(path) for path in MODULES if "import_module(" in path.read_text()}
-    assert users <= {"engines/registry.py", "runtime/cli.py"}
+    assert users <= {"engines/registry.py", "runtime/cli/main.py"}
 
 
 def test_packages_are_what_is_on_disk() -> None:
@@ -107,14 +165,13 @@ def test_packages_are_what_is_on_disk() -> None:
     }
     assert set(table["packages"]) == on_disk
     assert table["packages"] == sorted(table["packages"])
-    assert table["package-dir"] == {name: name.removeprefix("edgemuse.").replace(".", "/") for name in on_disk}
+    assert table["package-dir"] == {f"edgemuse.{folder}": folder for folder in PRESENT}
     assert not (ROOT / "__init__.py").exists()
     assert not (ROOT / "edgemuse").exists()
 
 
-@pytest.mark.parametrize("package", PROJECT["tool"]["setuptools"]["packages"])
-def test_package_is_typed_and_linked_for_mypy(package: str) -> None:
-    name = package.removeprefix("edgemuse.")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_package_is_typed_and_linked_for_mypy(name: str) -> None:
     links = ROOT / "tests" / "typing" / "edgemuse"
     assert (ROOT / name / "__init__.py").is_file()
     assert (ROOT / name / "py.typed").is_file()
@@ -126,11 +183,11 @@ def test_package_is_typed_and_linked_for_mypy(package: str) -> None:
 
 def test_every_link_leads_to_a_package() -> None:
     links = {path.name for path in (ROOT / "tests" / "typing" / "edgemuse").iterdir() if path.is_symlink()}
-    assert links == {name.removeprefix("edgemuse.") for name in PROJECT["tool"]["setuptools"]["packages"]}
+    assert links == set(FOLDERS)
 
 
 def test_commands_of_other_packages_exist() -> None:
-    from edgemuse.runtime.cli import LAZY_COMMANDS, MODEL_COMMANDS
+    from edgemuse.runtime.cli.main import LAZY_COMMANDS, MODEL_COMMANDS
 
     for module, attribute, _ in (*LAZY_COMMANDS.values(), *MODEL_COMMANDS.values()):
         path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")

@@ -17,9 +17,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgemuse.runtime.builtin import BUILT_IN
-from edgemuse.runtime.bundle import open_bundle
-from edgemuse.runtime.types import Shape
+from edgemuse.runtime.model.builtin import BUILT_IN
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.scan.types import Shape
 from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
 
 FEATURES = (16, 32, 64, 128, 256)

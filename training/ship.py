@@ -11,7 +11,7 @@ import click
 from edgemuse.calibration.calibrate import calibrate
 from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.export.writer import write_bundle
-from edgemuse.runtime.bundle import open_bundle
+from edgemuse.runtime.model.bundle import open_bundle
 from edgemuse.training.folder import label_table
 
 NAME = "edgemuse-t1"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgemuse.runtime.types import Shape
+from edgemuse.runtime.scan.types import Shape
 from edgemuse.training.labelmaps import (
     INNER_PAIRS,
     LARGEST,

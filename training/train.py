@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from edgemuse.export.checkpoint import read_checkpoint
-from edgemuse.runtime.types import Shape
+from edgemuse.runtime.scan.types import Shape
 from edgemuse.training import folder
 from edgemuse.training.labelmaps import INDICES, LabelMap, class_table, find_label_maps, read_label_map
 from edgemuse.training.synthesis import draw_patch, generator

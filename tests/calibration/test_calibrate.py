@@ -22,8 +22,8 @@ from edgemuse.calibration.graphs import graph_bytes
 from edgemuse.calibration.scans import find_scans
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.registry import statuses
-from edgemuse.runtime.bundle import open_bundle
-from edgemuse.runtime.scan import file_sha256
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.scan.nifti import file_sha256
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

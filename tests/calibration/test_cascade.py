@@ -27,11 +27,11 @@ from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.writer import write_cascade
-from edgemuse.runtime.builtin import BUILT_IN
-from edgemuse.runtime.bundle import Bundle, Cascade, CascadeManifest, GateRow, open_bundle
-from edgemuse.runtime.labels import Label
-from edgemuse.runtime.pipeline import Options, Segmenter
-from edgemuse.runtime.scan import file_sha256
+from edgemuse.runtime.model.builtin import BUILT_IN
+from edgemuse.runtime.model.bundle import Bundle, Cascade, CascadeManifest, GateRow, open_bundle
+from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.regions.labels import Label
+from edgemuse.runtime.scan.nifti import file_sha256
 
 CPU = Options("reference", EngineOptions("openvino", "fp32"))
 AFFINE = np.array([[0, 0.1, -1.1, 11], [-1.2, 0, 0, -22.5], [0, 1.5, 0.1, 33], [0, 0, 0, 1]])
@@ -292,7 +292,7 @@ def test_the_built_in_model_is_not_replaced(
     """A copy stands in for it: a failure of this test must not cost the installation its model."""
     copy = tmp_path / "edgemuse-t1.zip"
     shutil.copy(BUILT_IN, copy)
-    for module_name in ("edgemuse.export.writer", "edgemuse.runtime.store"):
+    for module_name in ("edgemuse.export.writer", "edgemuse.runtime.model.store"):
         monkeypatch.setattr(f"{module_name}.BUILT_IN", copy)
     monkeypatch.setattr(module, "_calibrated", lambda *_: pytest.fail("calibrated it"))
     ran = cli("calibrate", "edgemuse-t1", "--data", data)

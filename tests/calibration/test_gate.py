@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemuse.calibration.gate import LARGEST_DROP, SMALLEST_AGREEMENT, Case, Measurement, failures, measure
-from edgemuse.runtime.agreement import dice
-from edgemuse.runtime.types import Labels
+from edgemuse.runtime.regions.agreement import dice
+from edgemuse.runtime.scan.types import Labels
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 

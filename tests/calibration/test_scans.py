@@ -22,9 +22,9 @@ from edgemuse.calibration.scans import (
     structures,
 )
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime.bundle import Network, Normalization, Resampling
-from edgemuse.runtime.labels import Label
-from edgemuse.runtime.scan import file_sha256
+from edgemuse.runtime.model.bundle import Network, Normalization, Resampling
+from edgemuse.runtime.regions.labels import Label
+from edgemuse.runtime.scan.nifti import file_sha256
 
 LABELS = (Label(0, 0, "background"), Label(1, 10, "left"), Label(2, 20, "right"), Label(3, 10, "left again"))
 

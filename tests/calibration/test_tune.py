@@ -21,11 +21,11 @@ from bundles import (
 from edgemuse.calibration import tune
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.runtime.bundle import Bundle, Cascade, open_bundle, open_model
-from edgemuse.runtime.pipeline import Options
-from edgemuse.runtime.precision import choose_engine
-from edgemuse.runtime.scan import open_scan
-from edgemuse.runtime.tuned import Timing, Tuned, recall, tuned_path
+from edgemuse.runtime.model.bundle import Bundle, Cascade, open_bundle, open_model
+from edgemuse.runtime.model.precision import choose_engine
+from edgemuse.runtime.model.tuned import Timing, Tuned, recall, tuned_path
+from edgemuse.runtime.pipeline.segmenter import Options
+from edgemuse.runtime.scan.nifti import open_scan
 
 pytest.importorskip("onnxruntime", reason="two backends are needed: pip install 'edgemuse[onnxruntime]'")
 
@@ -141,7 +141,7 @@ def test_a_damaged_file_is_passed_over_with_a_warning(
 def test_another_machine_knows_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = remember(bundle, tmp_path / "cache", measured(bundle)[0])
     assert recall(tmp_path / "cache", opened.sha256)
-    monkeypatch.setattr("edgemuse.runtime.tuned.cpu_cores", lambda: 999)
+    monkeypatch.setattr("edgemuse.runtime.model.tuned.cpu_cores", lambda: 999)
     assert recall(tmp_path / "cache", opened.sha256) is None
 
 

@@ -16,7 +16,7 @@ import pytest
 from bundles import Tiny, tiny_graph, tiny_oracle
 from tensorrt_fakes import OWN_MODULES, FakeCUDA, Machine, Status, fake_tensorrt, install
 
-from edgemuse.bench.uncalibrated import to_int8
+from edgemuse.bench.measure.uncalibrated import to_int8
 from edgemuse.calibration.half import half_precision
 from edgemuse.engines import cache, registry
 from edgemuse.engines.errors import BackendError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"spacing": (1.5, 1.0, 1.0), "transpose": (2, 0, 1), "mirror_axes": (0, 1)},

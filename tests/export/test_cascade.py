@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from bundles import CommandLine, snapshot, tiny_bundle, write_scan
 
-from edgemuse.runtime.bundle import Cascade
-from edgemuse.runtime.labels import Label
-from edgemuse.runtime.muse import muse_labels
+from edgemuse.runtime.model.bundle import Cascade
+from edgemuse.runtime.regions.labels import Label
+from edgemuse.runtime.regions.muse import muse_labels
 
 
 @pytest.fixture

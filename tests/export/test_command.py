@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from edgemuse.engines.errors import BackendError, ModelFolderError
 from edgemuse.export.command import export
-from edgemuse.runtime.bundle import open_bundle
+from edgemuse.runtime.model.bundle import open_bundle
 
 Make = Callable[..., Path]
 

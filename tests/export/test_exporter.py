@@ -26,7 +26,7 @@ from edgemuse.engines.protocol import EngineOptions
 from edgemuse.engines.registry import open_engine
 from edgemuse.export import exporter, verify, writer
 from edgemuse.export.exporter import ExportOptions, export_model
-from edgemuse.runtime.bundle import open_bundle
+from edgemuse.runtime.model.bundle import open_bundle
 
 Make = Callable[..., Path]
 

@@ -22,9 +22,9 @@ constants = pytest.importorskip(
 from edgemuse.engines.errors import ModelFolderError, OutputError
 from edgemuse.export import hub as hub_module
 from edgemuse.export.fetch import DLICV, DLMUSE
-from edgemuse.runtime.bundle import Cascade
-from edgemuse.runtime.claim import Claim
-from edgemuse.runtime.muse import is_muse
+from edgemuse.runtime.batch.claim import Claim
+from edgemuse.runtime.model.bundle import Cascade
+from edgemuse.runtime.regions.muse import is_muse
 
 FETCH = ("models", "fetch", "dlmuse", "--accept-license")
 CHECKPOINT = "fold_0/checkpoint_final.pth"
@@ -171,7 +171,7 @@ def test_killed_and_resumed(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     chunks, path = 3, f"{DLICV.folder}/{CHECKPOINT}"
     hub.repositories[DLICV.repository].files[path] = os.urandom(hub_module.CHUNK * chunks)
     hub.hold = len(FILES) - 1 + chunks  # the last chunk of the first checkpoint
-    code = "from edgemuse.runtime.cli import main; main()"
+    code = "from edgemuse.runtime.cli.main import main; main()"
     with subprocess.Popen([sys.executable, "-c", code, *FETCH], stderr=subprocess.DEVNULL) as process:
         held = hub.held.wait(60)
         process.kill()

@@ -28,7 +28,7 @@ from edgemuse.export.verify import (
     synthetic_patches,
     verify,
 )
-from edgemuse.runtime.bundle import Head
+from edgemuse.runtime.model.bundle import Head
 
 
 def quiet(_: str) -> None:

@@ -11,7 +11,7 @@ from bundles import snapshot, tiny_bundle, zip_bundle
 
 from edgemuse.engines.errors import OutputError
 from edgemuse.export.writer import replace_bundle
-from edgemuse.runtime.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
 
 
 @pytest.fixture(params=["folder", "zip"])

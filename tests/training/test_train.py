@@ -157,7 +157,7 @@ def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
         "nnunetv2.inference.predict_from_raw_data", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'"
     )
     from edgemuse.export.exporter import ExportOptions, export_model
-    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.model.bundle import open_bundle
 
     run = train.new_run(FEATURES, "cpu", None)
     folder.write_folder(tmp_path / "model", run.average, FEATURES, PATCH)
@@ -173,8 +173,8 @@ def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
 def test_the_built_in_models_folder_is_made_again(tmp_path):
     from click.testing import CliRunner
 
-    from edgemuse.runtime.builtin import BUILT_IN
-    from edgemuse.runtime.bundle import open_bundle
+    from edgemuse.runtime.model.builtin import BUILT_IN
+    from edgemuse.runtime.model.bundle import open_bundle
 
     ran = CliRunner().invoke(folder.main, ["-o", str(tmp_path / "model")])
     assert ran.exit_code == 0, ran.output

@@ -1,0 +1,152 @@
+"""Model folders in nnU-Net's own format, made for measurements: variants of a trained one, and random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from edgemuse.bench.measure import scans
+from edgemuse.export.exporter import ExportOptions, export_model
+
+DLMUSE_SHAPE = (163, 214, 155)
+"""Of a T1 that was cropped to the brain, at 1 mm."""
+
+
+def development_bundle(shared: Path, work: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
+    """The trained development model with FreeSurfer's numbers, exported once into `work`."""
+    folder, bundle = shared / "data" / "devmodel", work / "dev.bundle"
+    if not bundle.exists():
+        options = ExportOptions(orientation="LPS", labels=folder / "labels.tsv", progress=progress)
+        export_model(folder, bundle, options)
+    return bundle
+
+
+def parity_models(shared: Path, work: Path) -> dict[str, Path]:
+    """The trained development model as it is, mirrored, as an ensemble; and two networks of random weights."""
+    trained = shared / "data" / "devmodel"
+    return {
+        "dev": trained,
+        "dev, mirrored": _mirrored(trained, work / "mirrored"),
+        "dev, two folds": _ensemble(trained, work / "ensemble"),
+        "residual encoder": _residual(trained, work / "residual"),
+        "DLMUSE, random weights": random_dlmuse(shared, work / "dlmuse"),
+    }
+
+
+def random_dlmuse(shared: Path, folder: Path, mirror_axes: tuple[int, ...] | None = None) -> Path:
+    """DLMUSE's own plans and 152 classes with random weights: upstream's may not be passed on."""
+    facts = shared / "data" / "dlmuse"
+    return random_model(facts / "plans.json", facts / "dataset.json", 152, folder, mirror_axes=mirror_axes)
+
+
+def prepare_dlmuse(shared: Path, work: Path) -> tuple[Path, Path, Path]:
+    """Model folder, bundle and scan, a T1 cropped to the brain, of DLMUSE's network with random weights, in `work`."""
+    folder = random_dlmuse(shared, work / "model")
+    bundle = export_model(folder, work / "dlmuse.bundle", ExportOptions(orientation="LPS"))
+    (work / "scan").mkdir()
+    return folder, bundle, dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
+
+
+def dlmuse_scan(shared: Path, target: Path) -> Path:
+    """A real T1 of `DLMUSE_SHAPE` at 1 mm, LPS."""
+    source, upright = shared / "data" / "t1" / "crop_T1w.nii.gz", target.parent.parent / "upright.nii.gz"
+    scans.reoriented(source, upright, "LPS")
+    return scans.centre_crop(upright, target, DLMUSE_SHAPE)
+
+
+def random_model(
+    plans: Path,
+    dataset: Path,
+    classes: int,
+    folder: Path,
+    seed: int = 0,
+    mirror_axes: tuple[int, ...] | None = None,
+) -> Path:
+    """A folder with one fold of random weights for the 3d_fullres network of `plans`."""
+    folder.mkdir(parents=True)
+    shutil.copy(plans, folder / "plans.json")
+    content = json.loads(dataset.read_text())
+    content["labels"] = {"background": 0} | {f"class_{n}": n for n in range(1, classes)}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    _save_random(json.loads(plans.read_text()), classes, folder, seed, mirror_axes)
+    return folder
+
+
+def _save_random(
+    plans: dict[str, Any], classes: int, folder: Path, seed: int, mirror_axes: tuple[int, ...] | None = None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nnunetv2 warns about old plans
+        configuration = PlansManager(plans).get_configuration("3d_fullres")
+    torch.manual_seed(seed)
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        1,
+        classes,
+        deep_supervision=False,
+    )
+    save_fold(network.state_dict(), mirror_axes, folder / "fold_0")
+
+
+def save_fold(weights: dict[str, torch.Tensor], mirror_axes: tuple[int, ...] | None, fold: Path) -> None:
+    """Write the checkpoint of one fold as nnU-Net's training leaves it."""
+    fold.mkdir(parents=True, exist_ok=True)
+    content = {
+        "network_weights": weights,
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {"configuration": "3d_fullres", "fold": 0},
+        "inference_allowed_mirroring_axes": mirror_axes,
+    }
+    torch.save(content, fold / "checkpoint_final.pth")
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "fold_0" / "checkpoint_final.pth", map_location="cpu", weights_only=True)
+    weights: dict[str, torch.Tensor] = checkpoint["network_weights"]
+    return weights
+
+
+def _copy_plans(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for name in ("plans.json", "dataset.json"):
+        shutil.copy(source / name, target / name)
+
+
+def _mirrored(trained: Path, target: Path) -> Path:
+    _copy_plans(trained, target)
+    save_fold(_weights(trained), (0, 1, 2), target / "fold_0")
+    return target
+
+
+def _ensemble(trained: Path, target: Path) -> Path:
+    """Fold 1 is fold 0 with noise of a twentieth of each weight tensor's spread, so that the folds differ."""
+    _copy_plans(trained, target)
+    weights = _weights(trained)
+    torch.manual_seed(1)
+    noisy = {k: v + 0.05 * v.std(correction=0) * torch.randn_like(v) for k, v in weights.items()}
+    save_fold(weights, None, target / "fold_0")
+    save_fold(noisy, None, target / "fold_1")
+    return target
+
+
+def _residual(trained: Path, target: Path) -> Path:
+    """A residual encoder network of random weights on the trained model's plans."""
+    plans = json.loads((trained / "plans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    arguments = architecture["arch_kwargs"]
+    arguments["n_blocks_per_stage"] = arguments.pop("n_conv_per_stage")
+    _copy_plans(trained, target)
+    (target / "plans.json").write_text(json.dumps(plans))
+    _save_random(plans, 33, target, seed=2)
+    return target

@@ -1,0 +1,206 @@
+"""Label parity with nnU-Net's own predictor: `python -m edgemuse.bench.pages.parity SHARED -o docs/parity.md`.
+
+Every case segments one scan four ways: nnU-Net as it is, which adds up its tiles in half precision; edgemuse's
+`reference` profile, which does the same; its `balanced` profile, which adds up features in float32; and nnU-Net's steps
+with every sum in float64, which judges the others.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgemuse.bench.measure import models, scans
+from edgemuse.bench.measure.reference import Reference
+from edgemuse.bench.measure.rows import commit
+from edgemuse.engines.hardware import cpu_name
+from edgemuse.engines.protocol import EngineOptions
+from edgemuse.export.exporter import ExportOptions, export_model
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
+from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.regions.agreement import agreement, mean_dice
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a scan in the model's orientation for nnU-Net, the scan as edgemuse gets it, and the agreement asked."""
+
+    model: str
+    name: str
+    upright: Path
+    given: Path
+    required: float
+    mirroring: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Agreement of label maps and what the disagreements are worth.
+
+    `agreement` and `dice` are of `reference` with nnU-Net as it is; the `exact` ones are with the judge. `explained` is
+    the share of the voxels that nnU-Net labels otherwise where the error bound of its sums allows it. `balanced_exact`
+    is None where nnU-Net mirrors, which `balanced` does not.
+    """
+
+    model: str
+    name: str
+    voxels: int
+    required: float
+    agreement: float
+    dice: float
+    reference_exact: float
+    nnunet_exact: float
+    balanced_exact: float | None
+    explained: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nnU-Net, and for `balanced` the judge, agree as is asked, and half precision explains the rest."""
+        same = self.agreement >= self.required and self.dice >= DICE_REQUIRED and self.explained == 1.0
+        return same and (self.balanced_exact is None or self.balanced_exact >= max(self.nnunet_exact, self.required))
+
+
+DICE_REQUIRED = 0.999
+SAME_GRID, RESAMPLED, NEARLY_TIED = 0.9999, 0.999, 0.999
+"""Agreement asked: without resampling; with it; and for random weights, whose logits are nearly equal everywhere."""
+
+
+def cases(shared: Path, work: Path) -> Iterator[Case]:
+    """All cases, their scans made in `work` from the T1 scans of `shared`."""
+    for name in ("chris", "crop", "vxm"):
+        whole = shared / "data" / "t1" / f"{name}_T1w.nii.gz"
+        upright = scans.reoriented(whole, work / f"{name}_lps.nii.gz", "LPS")
+        coarse = scans.resampled(upright, work / f"{name}_2mm.nii.gz", (2, 2, 2))
+        yield Case("dev", f"{name}, 2 mm", coarse, coarse, SAME_GRID)
+        yield Case("dev", f"{name}, as scanned", upright, whole, RESAMPLED)
+        if name == "vxm":
+            yield Case("dev, mirrored", f"{name}, 2 mm", coarse, coarse, SAME_GRID, mirroring=True)
+            yield Case("dev, mirrored", f"{name}, as scanned", upright, whole, RESAMPLED, mirroring=True)
+            yield Case("dev, two folds", f"{name}, 2 mm", coarse, coarse, SAME_GRID)
+            yield Case("dev, two folds", f"{name}, as scanned", upright, whole, RESAMPLED)
+            yield Case("residual encoder", f"{name}, 2 mm", coarse, coarse, NEARLY_TIED)
+            yield from _difficult(upright, work)
+            cropped = scans.centre_crop(upright, work / "cropped.nii.gz", (130, 160, 120))
+            yield Case("DLMUSE, random weights", f"{name}, 1 mm, cropped", cropped, cropped, NEARLY_TIED)
+
+
+def _difficult(upright: Path, work: Path) -> Iterator[Case]:
+    thick = scans.resampled(upright, work / "thick.nii.gz", (1, 1, 3))
+    thicker = scans.resampled(upright, work / "thicker.nii.gz", (1, 1, 5))
+    yield Case("dev", "vxm, 1 x 1 x 3 mm", thick, thick, RESAMPLED)
+    yield Case("dev", "vxm, 1 x 1 x 5 mm", thicker, thicker, RESAMPLED)
+    for codes in ("RAS", "PIR", "SLA"):
+        turned = scans.reoriented(upright, work / f"{codes}.nii.gz", codes)
+        yield Case("dev", f"vxm, stored {codes}", upright, turned, RESAMPLED)
+    yield Case(
+        "dev", "vxm, oblique by 20 degrees", upright, scans.oblique(upright, work / "oblique.nii.gz", 20), RESAMPLED
+    )
+
+
+def compare(case: Case, reference: Reference, bundle: Bundle, work: Path) -> Result:
+    """Segment the case's scan in every way and compare the labels on the upright grid."""
+    ours = _ours(case, bundle, "reference", work)
+    theirs = reference.labels(case.upright)
+    balanced = None if case.mirroring else _ours(case, bundle, "balanced", work)
+    exact = reference.exact(case.upright)
+    judge = exact.labels()
+    return Result(
+        case.model,
+        case.name,
+        judge.size,
+        case.required,
+        agreement(ours, theirs),
+        mean_dice(ours, theirs),
+        agreement(ours, judge),
+        agreement(theirs, judge),
+        None if balanced is None else agreement(balanced, judge),
+        exact.explained(ours, theirs),
+    )
+
+
+def _ours(case: Case, bundle: Bundle, profile: str, work: Path) -> NDArray[np.int64]:
+    with Segmenter(bundle, Options(profile, EngineOptions("openvino", "fp32"))) as segmenter:
+        classes = segmenter.segment(case.given).classes
+    stored = scans.save(classes, case.given, work / "ours.nii.gz")
+    return scans.labels_of(scans.reoriented(stored, work / "ours_upright.nii.gz", "LPS"))
+
+
+def table(results: list[Result]) -> str:
+    """The results as a Markdown table."""
+    head = [
+        "| model | scan | asked | `reference` = nnU-Net | mean Dice | reached | explained | `reference` = float64 "
+        "| nnU-Net = float64 | `balanced` = float64 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [
+        f"| {r.model} | {r.name} | {r.required:.2%} | {r.agreement:.5%} | {r.dice:.5f} | {'yes' if r.passed else 'no'} "
+        f"| {r.explained:.2%} | {r.reference_exact:.4%} | {r.nnunet_exact:.4%} "
+        f"| {'' if r.balanced_exact is None else f'{r.balanced_exact:.5%}'} |"
+        for r in results
+    ]
+    return "\n".join(head + rows)
+
+
+@click.command()
+@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
+@click.option("--only", default="", help="Run the cases whose model and name contain this.")
+def main(shared: Path, output: Path, only: str) -> None:
+    """Compare edgemuse with nnU-Net on the scans and the model of SHARED; exit code 1 if a case falls short."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        folders = models.parity_models(shared, work)
+        results = []
+        for case in cases(shared, work):
+            if only not in f"{case.model} {case.name}":
+                continue
+            bundle = work / f"{case.model}.bundle"
+            if not bundle.exists():
+                export_model(folders[case.model], bundle, ExportOptions(orientation="LPS"))
+            reference = Reference(folders[case.model], case.mirroring)
+            results.append(compare(case, reference, open_bundle(bundle), work))
+            click.echo(json.dumps(asdict(results[-1])))
+    output.write_text(_report(results), encoding="utf-8")
+    raise SystemExit(0 if all(result.passed for result in results) else 1)
+
+
+INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.parity SHARED -o docs/parity.md -->
+
+# Parity with nnU-Net's predictor
+
+Each scan is segmented four ways with the same checkpoint, step 0.5 and Gaussian weights: by nnU-Net's own
+`nnUNetPredictor`, which adds its tiles up in half precision; by edgemuse's `reference` profile, which repeats that; by
+its `balanced` profile, which adds up features in float32 (both OpenVINO, fp32); and by nnU-Net's steps with every sum
+in float64, which judges the others.
+
+- *`reference` = nnU-Net*: share of voxels with the same label. *Mean Dice*: over the structures in either map.
+- *reached*: as many voxels agree as is asked, mean Dice is at least 0.999, half precision explains every difference
+  that is left, and `balanced` agrees with the judge in as many voxels as is asked and as nnU-Net does.
+- *explained*: share of the voxels in which `reference` and nnU-Net differ where the exact logits of the two labels are
+  closer together than half-precision sums may be off (`half_precision_error` in `bench/reference.py`).
+- *= float64*: share of voxels with the judge's label. `balanced` does not mirror, so it is left out where nnU-Net does.
+
+What is left between `reference` and nnU-Net is the order in which convolutions add up float32 numbers, which tips a
+half-precision rounding now and then.
+
+"""
+
+
+def _report(results: list[Result]) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("nnunetv2", "openvino", "numpy"))
+    machine = f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {versions}"
+    return f"{INTRODUCTION}{table(results)}\n\n{machine}; commit {commit()}\n"
+
+
+if __name__ == "__main__":
+    main()

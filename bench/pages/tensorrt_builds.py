@@ -1,0 +1,284 @@
+"""TensorRT-RTX engines, built without a GPU.
+
+`python -m edgemuse.bench.pages.tensorrt_builds SHARED -o docs/tensorrt.md`
+
+DLMUSE's network (its plans, random weights) and the built-in model, in fp32, fp16 and int8, for several compute
+capabilities: built or why not, size, seconds, memory. Each build is a process of its own. Then what is said where
+something does not fit. The scales of the int8 graphs are not calibrated.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from edgemuse.bench.measure.uncalibrated import to_int8
+from edgemuse.calibration.half import half_precision
+from edgemuse.engines.errors import BackendError
+from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
+from edgemuse.engines.protocol import EngineOptions, TileShape
+from edgemuse.engines.registry import build_engine, choose
+from edgemuse.runtime.model.builtin import BUILT_IN
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.scan.types import Shape
+
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
+GRAPHS: dict[str, Callable[[bytes], bytes]] = {
+    "fp32": bytes,
+    "fp16": half_precision,
+    "int8": to_int8,
+    "int8, else fp16": lambda graph: to_int8(half_precision(graph)),
+}
+MEMORY_LIMIT = 4e9
+CHILD = """
+import json, sys
+from pathlib import Path
+from edgemuse.bench.pages.tensorrt_builds import build_one
+graph, shape, precision, capability, folder = sys.argv[1:]
+print(json.dumps(build_one(Path(graph).read_bytes(), tuple(json.loads(shape)), precision, capability, Path(folder))))
+"""
+TEXT = """<!-- Written by: python -m edgemuse.bench.pages.tensorrt_builds -->
+# TensorRT
+
+For NVIDIA GPUs. `pip install "edgemuse[tensorrt]"` brings TensorRT-RTX and cuda-python; then `edgemuse devices` says
+whether the GPU and its driver will do. `auto` takes the GPU only where `edgemuse tune` found it to be the fastest. If
+the GPU fails or runs out of memory, the CPU takes over once; stderr and `instead_of` in the provenance say so. What
+was named, by `--backend` or `--device`, is not replaced: then it is an error.
+
+NVIDIA's `tensorrt` 10 or 11 runs by the same code where `tensorrt_rtx` is not installed, for GPUs that TensorRT-RTX
+does not know. It comes from NVIDIA's own package index and builds only for the GPU that it finds. The provenance
+records which of the two ran. Of several GPUs the first is used; `CUDA_VISIBLE_DEVICES` chooses another.
+
+## Ahead of time
+
+On any machine, no GPU needed:
+
+```
+edgemuse build dlmuse.bundle --compute-capability 8.6 -o engines
+```
+
+On the machine with the GPU, which finds them in that folder:
+
+```
+EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz --model dlmuse.bundle -o out
+```
+
+An engine is found by the hash of its graph, the versions of edgemuse and TensorRT-RTX, compute capability, precision
+and tile shape. Engines of TensorRT-RTX are bound to nothing else; those of `tensorrt` also to the GPU's model, its
+driver and the operating system. One that is damaged or does not load is built again, and stderr says why. The file is
+the engine as the library made it, after 32 bytes of SHA-256. TensorRT-RTX compiles kernels when an engine first runs;
+they are kept in the same folder, for the next start.
+
+## Precision
+
+Networks are strongly typed: the graph says what is fp32, fp16 or int8. edgemuse compares that with what was asked
+for, and switches TF32 off, so that fp32 is fp32. Weights that a bundle stores in half precision and casts back are
+taken as they are: the built-in model's are. Tile shapes are fixed when an engine is built.
+
+Compute capability 7.5 (Turing): TensorRT-RTX has no fp32 convolutions in 3D for it. fp16 builds, and so does int8 if
+all that is not quantised is fp16, which takes scales in fp16 and opset 19.
+
+## What was tested
+
+- Engines of the real TensorRT-RTX, below: parsed and built, not run.
+- Running them, choosing the GPU, falling back and every failure: over fakes of CUDA, of `tensorrt_rtx` 1 and of
+  `tensorrt` 10 and 11, which check the order of calls, the size of every buffer and the numbers that come out
+  (`python -m pytest tests/engines/test_tensorrt.py tests/runtime/test_build.py`).
+- Not tested: anything on a real GPU, so neither speed nor accuracy; the real `tensorrt`; Windows and ARM.
+
+## Engines
+
+The fp16 graphs are those that `edgemuse calibrate` makes. The int8 graphs quantise the same operations as its do, with
+scales that were not calibrated: good for this table and nothing else.
+"""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A graph in fp32 and the patch it runs on."""
+
+    name: str
+    graph: bytes
+    patch: Shape
+
+    @property
+    def shape(self) -> TileShape:
+        """Of one tile."""
+        return (1, 1, *self.patch)
+
+
+def networks(shared: Path, work: Path) -> Iterator[Network]:
+    """The built-in model, and DLMUSE's network with random weights, made in `work`."""
+    bundle = open_bundle(BUILT_IN)
+    yield Network("built-in model", bundle.graph("fp32"), bundle.manifest.network.patch)
+    yield dlmuse(shared, work)
+
+
+def dlmuse(shared: Path, work: Path) -> Network:
+    """DLMUSE's network, exported but not verified: its weights are random."""
+    from edgemuse.bench.measure.models import random_dlmuse
+    from edgemuse.export.architecture import backbone, load_network
+    from edgemuse.export.checkpoint import read_checkpoints
+    from edgemuse.export.graph import export_graph
+    from edgemuse.export.plans import read_plan
+
+    folder = random_dlmuse(shared, work / "model")
+    (checkpoint,) = read_checkpoints(folder, ("0",), "checkpoint_final.pth")
+    plan = read_plan(folder, checkpoint.configuration)
+    graph = export_graph(backbone([load_network(plan.architecture, checkpoint)]), plan.patch)
+    return Network("DLMUSE", graph, plan.patch)
+
+
+def build_one(graph: bytes, shape: TileShape, precision: str, capability: str, folder: Path) -> dict[str, Any]:
+    """Size in bytes, seconds and peak memory of one build in this process, or its error."""
+    start = time.perf_counter()
+    try:
+        path = build_engine(graph, shape, EngineOptions(precision=precision), folder, capability)
+    except BackendError as error:
+        return {"error": str(error)}
+    seconds = time.perf_counter() - start
+    return {"path": str(path), "bytes": path.stat().st_size, "seconds": seconds, "peak": peak_memory()}
+
+
+def build_apart(graph: Path, shape: TileShape, precision: str, capability: str, folder: Path) -> dict[str, Any]:
+    """`build_one` in a process of its own, so that no build profits from an earlier one."""
+    arguments = [str(graph), json.dumps(shape), precision, capability, str(folder)]
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def build_rows(network: Network, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A row of the table and its measurement for every precision and compute capability."""
+    for name, convert in GRAPHS.items():
+        path = work / "graph.onnx"
+        path.write_bytes(convert(network.graph))
+        for capability in CAPABILITIES:
+            found = build_apart(path, network.shape, name.split(",")[0], capability, work / "engines")
+            yield f"| {network.name} | {name} | {capability} | {_cells(found)} |", found
+
+
+def _cells(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"{_short(found['error'])} | | | "
+    return f"built | {found['bytes'] / 1e6:.1f} MB | {found['seconds']:.1f} s | {found['peak'] / 1e9:.2f} GB"
+
+
+def _short(message: str) -> str:
+    """TensorRT's own words follow ours in brackets."""
+    return message.partition(" (IBuilder")[0].replace("|", "/")
+
+
+def mismatches(network: Network) -> Iterator[tuple[str, str]]:
+    """What does not fit, and what edgemuse says, all of it tried with the real libraries."""
+    graph, shape = network.graph, network.shape
+    yield "no GPU on this machine, `--backend tensorrt`", _refusal(lambda: choose(EngineOptions("tensorrt")))
+    yield "compute capability that TensorRT-RTX does not know", _build(graph, shape, capability="9.0")
+    yield "fp32 for compute capability 7.5", _build(graph, shape, capability="7.5")
+    yield "fp16 asked of an fp32 graph", _build(graph, shape, "fp16")
+    yield "int8 with zero points that are not 0", _build(_shifted(to_int8(graph)), shape, "int8")
+    yield "file that is no ONNX", _build(b"no network" * 100, shape)
+    yield "empty file", _build(b"", shape)
+    yield "operation that TensorRT lacks", _build(_with_unknown_operation(graph), shape)
+    yield "tile that does not halve evenly", _build(graph, (1, 1, 33, 33, 33))
+    yield "library of another version", _in_child("import tensorrt_rtx; tensorrt_rtx.__version__ = '2.0'")
+    yield "library not installed", _in_child("sys.modules['tensorrt'] = sys.modules['tensorrt_rtx'] = None")
+    yield "cuda-python not installed", _in_child("sys.modules['cuda'] = None")
+
+
+def _build(graph: bytes, shape: TileShape, precision: str = "fp32", capability: str = "8.6") -> str:
+    options = EngineOptions(precision=precision)
+    with tempfile.TemporaryDirectory() as folder:
+        return _refusal(lambda: build_engine(graph, shape, options, Path(folder), capability))
+
+
+def _refusal(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except BackendError as error:
+        return str(error)
+    return "(no error)"
+
+
+def _in_child(prelude: str) -> str:
+    """What 'segment --backend tensorrt' would say after `prelude`."""
+    code = f"import sys\n{prelude}\nfrom edgemuse.bench.pages.tensorrt_builds import refused\nprint(refused())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+def refused() -> str:
+    """Why TensorRT cannot be used in this process."""
+    return _refusal(lambda: choose(EngineOptions("tensorrt")))
+
+
+def _shifted(graph: bytes) -> bytes:
+    model = onnx.load_model_from_string(graph)
+    zero = next(tensor for tensor in model.graph.initializer if tensor.name == "activation.zero")
+    zero.CopyFrom(numpy_helper.from_array(np.array(3, np.int8), zero.name))
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _with_unknown_operation(graph: bytes) -> bytes:
+    model = onnx.load_model_from_string(graph)
+    last = model.graph.node[-1]
+    name, last.output[0] = last.output[0], "before"
+    model.graph.node.append(helper.make_node("Abacus", ["before"], [name], name="abacus", domain="example"))
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def loading_rows() -> Iterator[str]:
+    """What TensorRT finds wrong with an engine, and the words that edgemuse has for it."""
+    from edgemuse.engines.tensorrt import COMPLAINTS, MISMATCHES
+
+    yield from (f"| `{flag}` | {meaning} |" for flag, meaning in MISMATCHES.items())
+    yield from (f"| a message with “{part}” | {meaning} |" for part, meaning in COMPLAINTS.items())
+
+
+@click.command()
+@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
+def main(shared: Path, output: Path) -> None:
+    """Build all engines; exit code 1 if one of 8.0 or later does not build, or takes 4 GB."""
+    import tensorrt_rtx
+
+    lines = [TEXT, "| network | precision | compute capability | result | size | seconds | peak memory |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    ok = True
+    with tempfile.TemporaryDirectory() as name:
+        for network in networks(shared, Path(name)):
+            for row, found in build_rows(network, Path(name)):
+                click.echo(row, err=True)
+                lines.append(row)
+                ok &= found.get("peak", 0) < MEMORY_LIMIT and ("path" in found or " 7.5 " in row)
+        said = list(mismatches(network))
+    machine = f"tensorrt_rtx {tensorrt_rtx.__version__}, {cpu_name()}, {cpu_cores()} cores, no GPU."
+    lines += ["", f"{machine} One process a build; its seconds depend on what else runs.", ""]
+    lines += ["## What edgemuse says", "", "| what does not fit | message |", "|---|---|"]
+    lines += [f"| {what} | {message.replace('|', '/')} |" for what, message in said]
+    lines += [
+        "",
+        "What TensorRT says of an engine that does not load or run, tried over fakes:",
+        "",
+    ]
+    lines += ["| TensorRT says | edgemuse says |", "|---|---|", *loading_rows(), ""]
+    output.write_text("\n".join(lines), encoding="utf-8")
+    raise SystemExit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Many scans: which scans, who works on which, BIDS datasets, a cluster."""

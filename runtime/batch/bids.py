@@ -1,0 +1,184 @@
+"""A BIDS dataset in, a BIDS derivative dataset out (brain-imaging data structure 1.11, bids.neuroimaging.io).
+
+`sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz` gives `sub-01/ses-1/anat/sub-01_ses-1_seg-MODEL_dseg.nii.gz` with sidecar,
+legend and volumes, and `sub-01/figures/sub-01_ses-1_seg-MODEL_qc.png`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgemuse.engines.errors import InputError, OutputError
+from edgemuse.runtime.batch.jobs import Job, distinct
+from edgemuse.runtime.regions.labels import table
+from edgemuse.runtime.results import files as outputs
+from edgemuse.runtime.scan.nifti import SUFFIXES, scan_stem
+
+VERSION = "1.11.1"
+DESCRIPTION = "dataset_description.json"
+T1 = "_T1w"
+NONE = "n/a"
+"""How BIDS writes that there is no value."""
+IGNORED = ("figures", "*_volumes.tsv", f"*_{outputs.DLMUSE_CSV}")
+"""What BIDS has no names for yet; for `.bidsignore`."""
+
+
+def find_jobs(
+    dataset: Path, output: Path, model: str, participants: Sequence[str], sessions: Sequence[str]
+) -> list[Job]:
+    """A job for every T1w image of the dataset, or of these participants and sessions.
+
+    Args:
+        dataset: its root.
+        output: root of the derivatives.
+        model: its name, for the file names.
+        participants: labels, with or without `sub-`; none: all.
+        sessions: labels, with or without `ses-`; none: all, and images without a session.
+
+    Raises:
+        InputError: there is no such participant or session, or no image.
+    """
+    wanted = {f"ses-{label.removeprefix('ses-')}" for label in sessions}
+    folders = [
+        anat
+        for subject in _subjects(dataset, participants)
+        for anat in sorted([*subject.glob("anat"), *subject.glob("ses-*/anat")])
+        if not wanted or anat.parent.name in wanted
+    ]
+    scans = [path for folder in folders for path in sorted(folder.iterdir()) if _is_t1(path.name)]
+    if not scans:
+        raise InputError(f"{dataset}: no T1w image (sub-*/[ses-*/]anat/*{T1}.nii[.gz]) of those asked for")
+    return distinct(_job(scan, dataset, output, segmentation_label(model)) for scan in scans)
+
+
+def _subjects(root: Path, labels: Sequence[str]) -> list[Path]:
+    """The folders of these participants, or of all."""
+    found = {path.name: path for path in sorted(root.glob("sub-*")) if path.is_dir()}
+    if not found:
+        raise InputError(f"{root}: no sub-* folder there, so it is not the root of a BIDS dataset")
+    names = [f"sub-{label.removeprefix('sub-')}" for label in labels] or list(found)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InputError(f"{root}: no {', '.join(missing)} there")
+    return [found[name] for name in dict.fromkeys(names)]
+
+
+def _is_t1(name: str) -> bool:
+    return name.startswith("sub-") and name.endswith(tuple(T1 + suffix for suffix in SUFFIXES))
+
+
+def _job(scan: Path, dataset: Path, output: Path, label: str) -> Job:
+    place = scan.parent.relative_to(dataset)
+    stem = f"{scan_stem(scan)}_seg-{label}"
+    paths = outputs.output_paths(output / place, stem)
+    paths[outputs.PROVENANCE] = output / place / f"{stem}_dseg.json"
+    paths["qc.png"] = output / place.parts[0] / "figures" / f"{stem}_qc.png"
+    notes = {
+        "Description": "Segmentation of the whole brain, on the grid of the T1w image",
+        "Manual": False,
+        "SpatialReference": "orig",
+        "Sources": [f"bids:raw:{scan.relative_to(dataset).as_posix()}"],
+    }
+    return Job(scan, paths, notes)
+
+
+def segmentation_label(model: str) -> str:
+    """The model's name as a BIDS label: letters and digits."""
+    return re.sub("[^0-9A-Za-z]", "", model) or "edgemuse"
+
+
+def start_dataset(dataset: Path, output: Path) -> None:
+    """Make `output` a derivative dataset of `dataset`, unless it is one; raises OutputError if it is something else."""
+    outputs.prepare_folder(output)
+    path = output / DESCRIPTION
+    if path.exists():
+        _check_ours(path)
+    else:
+        outputs.write_file(path, (json.dumps(_description(dataset), indent=2) + "\n").encode())
+    ignore = output / ".bidsignore"
+    if not ignore.exists():
+        outputs.write_file(ignore, "".join(f"{pattern}\n" for pattern in IGNORED).encode())
+
+
+def _check_ours(path: Path) -> None:
+    makers = outputs.read_record(path).get("GeneratedBy")
+    names = [maker.get("Name") for maker in makers if isinstance(maker, dict)] if isinstance(makers, list) else []
+    if "edgemuse" not in names:
+        raise OutputError(f"{path} is of a dataset that edgemuse did not make; choose another folder")
+
+
+def _description(dataset: Path) -> dict[str, Any]:
+    raw = outputs.read_record(dataset / DESCRIPTION)
+    doi, name = raw.get("DatasetDOI"), raw.get("Name")
+    root = dataset.resolve().as_uri()
+    return {
+        "Name": f"edgemuse: brain segmentation of {name if isinstance(name, str) and name else dataset.resolve().name}",
+        "BIDSVersion": VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "edgemuse", "Version": version("edgemuse")}],
+        "SourceDatasets": [{"DOI": doi} if isinstance(doi, str) and doi else {"URL": root}],
+        "DatasetLinks": {"raw": root},
+    }
+
+
+def merge_tables(output: Path, participants: Sequence[str], sessions: Sequence[str] = ()) -> list[Path]:
+    """Put the volume tables of all scans in `output`, or of these participants and sessions, into one a model.
+
+    Returns their paths. Raises InputError where there is no table or one is not like the others.
+    """
+    if not (output / DESCRIPTION).exists():
+        raise _nothing(output)
+    _check_ours(output / DESCRIPTION)
+    subjects = _subjects(output, participants)
+    wanted = {f"ses-{label.removeprefix('ses-')}" for label in sessions}
+    merged = {}
+    for name, delimiter in (("volumes.tsv", "\t"), (outputs.DLMUSE_CSV, ",")):
+        by_model: dict[str, list[Path]] = {}
+        for path in (path for subject in subjects for path in sorted(subject.rglob(f"anat/*_seg-*_{name}"))):
+            if not wanted or _session(path.name) in wanted:
+                by_model.setdefault(_entity(path.name, "seg"), []).append(path)
+        for label, paths in by_model.items():
+            header = ["participant_id", "session_id", "scan"] if delimiter == "\t" else []
+            rows = _rows(paths, delimiter, keyed=bool(header))
+            merged[output / f"group_seg-{label}_{name}"] = table(delimiter, header + next(rows), rows).encode()
+    if not merged:
+        raise _nothing(output)
+    for path, text in merged.items():
+        outputs.write_file(path, text)
+    return list(merged)
+
+
+def _nothing(output: Path) -> InputError:
+    return InputError(f"{output}: no volumes there; run 'edgemuse bids BIDS_DIR {output} participant' first")
+
+
+def _rows(paths: Sequence[Path], delimiter: str, keyed: bool) -> Iterator[list[str]]:
+    """The common header, then the rows of all tables; `keyed`: those begin with participant, session and scan."""
+    common: list[str] | None = None
+    for path in paths:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            header, *rows = [*csv.reader(file, delimiter=delimiter)] or [[]]
+        if common is None:
+            common = header
+            yield header
+        if header != common or any(len(row) != len(header) for row in rows):
+            raise InputError(f"{path}: not a table like {paths[0]}; segment that scan again with --overwrite")
+        stem = path.name.partition("_seg-")[0]
+        key = [f"sub-{_entity(stem, 'sub')}", _session(stem), stem] if keyed else []
+        yield from (key + row for row in rows)
+
+
+def _session(stem: str) -> str:
+    label = _entity(stem, "ses")
+    return f"ses-{label}" if label else NONE
+
+
+def _entity(name: str, key: str) -> str:
+    found = re.search(rf"(?:^|_){key}-([0-9A-Za-z+]+)", name)
+    return found[1] if found else ""

@@ -1,0 +1,83 @@
+"""`edgemuse models`: what is in the store, whether it is whole, and putting bundles there; `fetch` is in `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from edgemuse.engines.errors import BundleError, one_line
+
+model_dir_option = click.option(
+    "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store: where models "
+    "go by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
+)  # fmt: skip
+
+
+@click.command("list")
+@model_dir_option
+def list_models(model_dir: Path | None) -> None:
+    """List the models that go by a name, and check them: name, where from, size, licence, whether each file is whole.
+
+    The built-in model comes first. The others lie in the folder that the last line names, one file or folder each.
+    """
+    from edgemuse.runtime.model.store import entries, inspect, store_folder
+
+    store = store_folder(model_dir)
+    rows = [("name", "from", "size", "licence", "verified")]
+    for entry in entries(store):
+        facts = inspect(entry)
+        verified = f"NO: {facts.problem}" if facts.problem else "yes"
+        rows.append((entry.name, facts.origin, f"{facts.bytes / 1e6:.1f} MB", facts.license, verified))
+    for line in _columns(rows):
+        click.echo(line)
+    hint = "; 'edgemuse models fetch dlmuse' gets DLMUSE" if len(rows) == 2 else ""
+    click.echo(f"models are in {store}{hint}", err=True)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path), metavar="BUNDLE")
+@click.option("--name", help="Name to call it by.  [default: its file name, without .zip or .bundle]")
+@model_dir_option
+def add(model: Path, name: str | None, model_dir: Path | None) -> None:
+    """Put a bundle or cascade, a folder or a .zip, into the store, so that it goes by a name.
+
+    Every file is checked on the way. Prints where it is now: one .zip, which is also what to carry to a machine
+    without a network, to be added there in the same way.
+
+    \b
+    Example:
+      edgemuse models add dlmuse.zip
+      edgemuse segment T1.nii.gz -o out --model dlmuse
+    """  # noqa: D301  # \b keeps click from wrapping the example
+    from edgemuse.runtime.model import store
+
+    default = model.resolve().name.removesuffix(".zip").removesuffix(".bundle")
+    click.echo(store.add(model, name or default, store.store_folder(model_dir)))
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@model_dir_option
+@click.pass_context
+def verify(ctx: click.Context, /, names: tuple[str, ...], model_dir: Path | None) -> None:
+    """Check the SHA-256 of every file of every model, or of those named. Exit code 2 if one is damaged."""
+    from edgemuse.runtime.model.store import entries, inspect, named, store_folder
+
+    store = store_folder(model_dir)
+    damaged = False
+    for entry in [named(name, store) for name in names] or entries(store):
+        problem = inspect(entry).problem
+        if problem:
+            click.echo(f"edgemuse: {entry.name}: {one_line(problem)}", err=True)
+        else:
+            click.echo(f"{entry.name}: whole")
+        damaged = damaged or problem is not None
+    if damaged:
+        ctx.exit(BundleError.exit_code)

@@ -1,0 +1,1 @@
+"""From a volume to class numbers: preprocessing, tiles, sums, the head, memory."""

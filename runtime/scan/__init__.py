@@ -1,0 +1,1 @@
+"""A file becomes a checked volume with its grid."""
