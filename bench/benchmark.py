@@ -23,7 +23,7 @@ from edgemuse.bench.report.summary import focus, summarise
 from edgemuse.calibration.scans import Source
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.model.builtin import SAMPLE_SCAN
-from edgemuse.runtime.model.bundle import open_model
+from edgemuse.runtime.model.cascade import open_model
 from edgemuse.runtime.model.store import find_model
 from edgemuse.runtime.scan.nifti import file_sha256, scan_stem
 

@@ -25,16 +25,9 @@ from edgemuse.export.writer import (
     write_bundle,
     write_cascade,
 )
-from edgemuse.runtime.model.bundle import (
-    Bundle,
-    Cascade,
-    CascadeManifest,
-    GateRow,
-    Manifest,
-    file_entry,
-    open_bundle,
-    open_model,
-)
+from edgemuse.runtime.model.bundle import Bundle, file_entry, open_bundle
+from edgemuse.runtime.model.cascade import Cascade, CascadeManifest, open_model
+from edgemuse.runtime.model.manifest import GateRow, Manifest
 from edgemuse.runtime.model.precision import ALWAYS_FP32
 
 FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgemuse.calibration.scans import Source, read_truth
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.runtime.model.bundle import Cascade
+from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.model.precision import ALWAYS_FP32
 from edgemuse.runtime.network.preprocess import Box
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, Crop, Turned

@@ -14,7 +14,8 @@ from edgemuse.engines.errors import BackendError, MemoryLimitError, one_line
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.engines.registry import choose, statuses
-from edgemuse.runtime.model.bundle import Bundle, GateRow
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.manifest import GateRow
 from edgemuse.runtime.model.precision import ALWAYS_FP32, stored_precision
 from edgemuse.runtime.network.profiles import PROFILES
 from edgemuse.runtime.pipeline.segmenter import Options, Segmenter

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import Batch
-from edgemuse.runtime.model.bundle import Network
+from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.network.preprocess import preprocess
 from edgemuse.runtime.network.tiles import cut, plan_tiles
 from edgemuse.runtime.regions.labels import Label

@@ -18,7 +18,8 @@ from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import BackendError, InputError, MemoryLimitError
 from edgemuse.runtime.cli.describe import tuned_lines
 from edgemuse.runtime.cli.models import model_dir_option
-from edgemuse.runtime.model.bundle import Bundle, Cascade, open_model
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.precision import may_choose
 from edgemuse.runtime.model.store import find_model
 from edgemuse.runtime.model.tuned import Timing, Tuned, tuned_path

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from edgemuse.export.writer import write_cascade
-from edgemuse.runtime.model.bundle import Bundle, CascadeManifest, open_bundle
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.cascade import CascadeManifest
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.regions.muse import cortical_csf, is_muse
 

@@ -21,7 +21,9 @@ from edgemuse.export.graph import activation_bytes, export_graph
 from edgemuse.export.plans import Plan, read_plan
 from edgemuse.export.verify import verification_patches, verify
 from edgemuse.export.writer import HEAD, check_output, head_bytes, write_bundle
-from edgemuse.runtime.model.bundle import Head, Manifest, Network, file_entry, is_orientation
+from edgemuse.runtime.model.bundle import Head, file_entry
+from edgemuse.runtime.model.checks import is_orientation
+from edgemuse.runtime.model.manifest import Manifest, Network
 from edgemuse.runtime.regions.labels import Label
 
 GRAPH = "backbone.fp32.onnx"

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from edgemuse.engines.errors import ModelFolderError, OutputError, one_line
-from edgemuse.runtime.model.bundle import MAX_FILE_BYTES
+from edgemuse.runtime.model.manifest import MAX_FILE_BYTES
 
 FILES = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -24,7 +24,7 @@ from edgemuse.export.documents import (
     text,
     whole,
 )
-from edgemuse.runtime.model.bundle import Normalization, NormalizationScheme, Resampling
+from edgemuse.runtime.model.manifest import Normalization, NormalizationScheme, Resampling
 from edgemuse.runtime.scan.types import Shape, Spacing
 
 PLANS = "plans.json"

@@ -23,7 +23,8 @@ from edgemuse.engines.errors import VerificationError
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
 from edgemuse.export.architecture import head_layer
-from edgemuse.runtime.model.bundle import Head, Network
+from edgemuse.runtime.model.bundle import Head
+from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.network.preprocess import preprocess
 from edgemuse.runtime.scan.nifti import open_scan, read_image
 from edgemuse.runtime.scan.types import Image, Shape

@@ -14,18 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
+from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
-from edgemuse.runtime.model.bundle import (
-    CASCADE,
-    MANIFEST,
-    Bundle,
-    Cascade,
-    CascadeManifest,
-    Head,
-    Manifest,
-    open_model,
-    write_zip,
-)
+from edgemuse.runtime.model.bundle import Bundle, Head
+from edgemuse.runtime.model.cascade import CASCADE, Cascade, CascadeManifest, open_model
+from edgemuse.runtime.model.manifest import MANIFEST, Manifest
 
 HEAD = "head.npz"
 

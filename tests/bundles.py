@@ -26,17 +26,9 @@ from scipy import ndimage
 
 from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.cli.main import main
-from edgemuse.runtime.model.bundle import (
-    MANIFEST,
-    CascadeManifest,
-    GateRow,
-    Manifest,
-    Network,
-    Normalization,
-    Resampling,
-    file_entry,
-    open_bundle,
-)
+from edgemuse.runtime.model.bundle import file_entry, open_bundle
+from edgemuse.runtime.model.cascade import CascadeManifest
+from edgemuse.runtime.model.manifest import MANIFEST, GateRow, Manifest, Network, Normalization, Resampling
 from edgemuse.runtime.regions.labels import Label
 
 OPSET, IR_VERSION = 18, 8

@@ -25,7 +25,8 @@ from edgemuse.bench.measure.worker import Job
 from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import InputError
 from edgemuse.runtime.cli.main import LINEAR_ALGEBRA
-from edgemuse.runtime.model.bundle import Bundle, Cascade
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.regions.labels import Label, to_indices
 from edgemuse.runtime.results.files import nifti_bytes, write_files
 from edgemuse.runtime.scan.geometry import orientation

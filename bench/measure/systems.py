@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from edgemuse.calibration.evaluate import settings
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.registry import statuses
-from edgemuse.runtime.model.bundle import Bundle, Cascade
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.model.precision import stored_precision
 
 PLAIN = ("openvino", "onnxruntime")

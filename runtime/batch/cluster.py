@@ -21,7 +21,7 @@ from distributed import Client, as_completed
 from edgemuse.engines.errors import BackendError, BundleError, EdgemuseError
 from edgemuse.runtime.batch.jobs import Job
 from edgemuse.runtime.batch.many import Batch, Counts, Screen, wanted
-from edgemuse.runtime.model.bundle import open_model
+from edgemuse.runtime.model.cascade import open_model
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, segmenter_of
 from edgemuse.runtime.pipeline.segmenter import Options, Progress, Segmenter, default_cache_dir
 

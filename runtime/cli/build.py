@@ -18,7 +18,8 @@ from edgemuse.runtime.cli.models import model_dir_option
 
 if TYPE_CHECKING:
     from edgemuse.engines.protocol import EngineOptions
-    from edgemuse.runtime.model.bundle import Bundle, Cascade
+    from edgemuse.runtime.model.bundle import Bundle
+    from edgemuse.runtime.model.cascade import Cascade
 
 
 def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ def build(
       EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz -m dlmuse -o out
     """  # noqa: D301  # \b keeps click from wrapping the example
     from edgemuse.engines.protocol import EngineOptions
-    from edgemuse.runtime.model.bundle import open_model
+    from edgemuse.runtime.model.cascade import open_model
     from edgemuse.runtime.model.store import find_model
     from edgemuse.runtime.pipeline.segmenter import default_cache_dir
 
@@ -101,7 +102,7 @@ def build(
 
 def _networks(model: Bundle | Cascade) -> dict[str, Bundle]:
     """The bundle, or those of a cascade by their role."""
-    from edgemuse.runtime.model.bundle import Cascade
+    from edgemuse.runtime.model.cascade import Cascade
 
     return model.bundles if isinstance(model, Cascade) else {"": model}
 

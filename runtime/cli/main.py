@@ -25,7 +25,8 @@ from edgemuse.runtime.cli.models import model_dir_option
 if TYPE_CHECKING:
     from edgemuse.runtime.batch.jobs import Job
     from edgemuse.runtime.batch.many import Counts
-    from edgemuse.runtime.model.bundle import Bundle, Cascade
+    from edgemuse.runtime.model.bundle import Bundle
+    from edgemuse.runtime.model.cascade import Cascade
     from edgemuse.runtime.pipeline.segmenter import Options
 
 LAZY_COMMANDS = {
@@ -328,7 +329,7 @@ def info(model: Path | None, model_dir: Path | None, card: bool) -> None:
     """
     from edgemuse.runtime.cli.describe import describe_model
     from edgemuse.runtime.model.builtin import MODEL_CARD
-    from edgemuse.runtime.model.bundle import open_model
+    from edgemuse.runtime.model.cascade import open_model
     from edgemuse.runtime.model.store import find_model
 
     if card:
@@ -494,7 +495,7 @@ def _segment_all(
     from edgemuse.runtime.batch.jobs import shard as part
     from edgemuse.runtime.batch.many import Batch, at_work, wanted
     from edgemuse.runtime.cli.extras import needs_extra
-    from edgemuse.runtime.model.bundle import open_model
+    from edgemuse.runtime.model.cascade import open_model
     from edgemuse.runtime.model.store import find_model
     from edgemuse.runtime.pipeline.cascade import segmenter_of
     from edgemuse.runtime.results.files import prepare_folder

@@ -11,7 +11,8 @@ from dataclasses import replace
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.engines.registry import choose
-from edgemuse.runtime.model.bundle import STORED_PRECISIONS, Bundle, GateRow
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.manifest import STORED_PRECISIONS, GateRow
 from edgemuse.runtime.model.tuned import recall
 
 ALWAYS_FP32 = "reference"

@@ -13,8 +13,11 @@ from pathlib import Path
 import platformdirs
 
 from edgemuse.engines.errors import BundleError, OutputError, one_line
+from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
-from edgemuse.runtime.model.bundle import CASCADE, MANIFEST, Bundle, Cascade, open_model, write_zip
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.cascade import CASCADE, Cascade, open_model
+from edgemuse.runtime.model.manifest import MANIFEST
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB = "hub"

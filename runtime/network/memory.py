@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgemuse.engines.errors import MemoryLimitError
 from edgemuse.engines.hardware import available_memory, resident_memory
-from edgemuse.runtime.model.bundle import Network
+from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.network.resample import resampled_shape, separate_axis
 from edgemuse.runtime.network.tiles import TilePlan
 from edgemuse.runtime.scan.geometry import reorientation

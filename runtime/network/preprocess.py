@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from edgemuse.runtime.model.bundle import Network, Normalization
+from edgemuse.runtime.model.manifest import Network, Normalization
 from edgemuse.runtime.network.resample import resample_image, resampled_shape
 from edgemuse.runtime.scan.geometry import Reorientation, reorientation, shape_of
 from edgemuse.runtime.scan.types import Affine, Image, Shape, Spacing

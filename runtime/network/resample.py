@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from edgemuse.runtime.model.bundle import Resampling
+from edgemuse.runtime.model.manifest import Resampling
 from edgemuse.runtime.scan.types import Image, Shape, Spacing
 
 ANISOTROPY_THRESHOLD = 3

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime.model.bundle import Bundle, Cascade, open_model
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.store import find_model
 from edgemuse.runtime.network.memory import MemoryPlan, check_memory, memory_limit
 from edgemuse.runtime.network.preprocess import Box, preprocess

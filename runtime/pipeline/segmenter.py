@@ -28,7 +28,8 @@ from edgemuse.engines.fallback import open_with_fallback
 from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
 from edgemuse.engines.protocol import Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
-from edgemuse.runtime.model.bundle import Bundle, Network
+from edgemuse.runtime.model.bundle import Bundle
+from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.model.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.network.half_sums import HalfSums
 from edgemuse.runtime.network.head import class_dtype, label_blocks

@@ -28,7 +28,9 @@ from edgemuse.engines.errors import InputError
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.model.builtin import BUILT_IN
-from edgemuse.runtime.model.bundle import Bundle, Cascade, CascadeManifest, GateRow, open_bundle
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.cascade import Cascade, CascadeManifest
+from edgemuse.runtime.model.manifest import GateRow
 from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.scan.nifti import file_sha256

@@ -22,7 +22,7 @@ from edgemuse.calibration.scans import (
     structures,
 )
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime.model.bundle import Network, Normalization, Resampling
+from edgemuse.runtime.model.manifest import Network, Normalization, Resampling
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.scan.nifti import file_sha256
 

@@ -21,7 +21,8 @@ from bundles import (
 from edgemuse.calibration import tune
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.runtime.model.bundle import Bundle, Cascade, open_bundle, open_model
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.precision import choose_engine
 from edgemuse.runtime.model.tuned import Timing, Tuned, recall, tuned_path
 from edgemuse.runtime.pipeline.segmenter import Options

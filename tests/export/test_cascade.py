@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bundles import CommandLine, snapshot, tiny_bundle, write_scan
 
-from edgemuse.runtime.model.bundle import Cascade
+from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.regions.muse import muse_labels
 

@@ -23,7 +23,7 @@ from edgemuse.engines.errors import ModelFolderError, OutputError
 from edgemuse.export import hub as hub_module
 from edgemuse.export.fetch import DLICV, DLMUSE
 from edgemuse.runtime.batch.claim import Claim
-from edgemuse.runtime.model.bundle import Cascade
+from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.regions.muse import is_muse
 
 FETCH = ("models", "fetch", "dlmuse", "--accept-license")

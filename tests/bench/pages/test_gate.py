@@ -13,7 +13,8 @@ for library in ("torch", "nncf", "nnunetv2"):
 
 from edgemuse.bench.pages.gate import section
 from edgemuse.runtime.cli.describe import GATE_HEADER
-from edgemuse.runtime.model.bundle import GateRow, open_bundle
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.model.manifest import GateRow
 
 PASSED = GateRow("openvino", "1", "CPU", "int8", "balanced", "a processor", 2, 1.5, 0.987, 0.75, 0.76, 0.01, "pons")
 FAILED = GateRow("onnxruntime", "1", "CPU", "fp16", "fast", "a processor", 2, failures=("NaN",))

@@ -18,7 +18,7 @@ from bundles import CommandLine, Ran, head_image, run_process, snapshot, tiny_bu
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.batch import many
 from edgemuse.runtime.batch.claim import Claim
-from edgemuse.runtime.model.bundle import open_model
+from edgemuse.runtime.model.cascade import open_model
 from edgemuse.runtime.network.memory import gib
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, open_segmenter
 from edgemuse.runtime.pipeline.segmenter import Options, Segmenter

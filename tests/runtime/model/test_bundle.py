@@ -34,7 +34,8 @@ from bundles import (
 from bundles import zip_bundle as zipped
 
 from edgemuse.engines.errors import BundleError, MemoryLimitError
-from edgemuse.runtime.model.bundle import MANIFEST, Manifest, open_bundle, parse_manifest
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.model.manifest import MANIFEST, Manifest, parse_manifest
 from edgemuse.runtime.network.memory import check_memory, plan_memory
 from edgemuse.runtime.scan.nifti import open_scan
 

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from edgemuse.engines.errors import BundleError
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model import precision
-from edgemuse.runtime.model.bundle import CASCADE, Bundle, Cascade, GateRow, open_bundle
+from edgemuse.runtime.model.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.cascade import CASCADE, Cascade
+from edgemuse.runtime.model.manifest import GateRow
 from edgemuse.runtime.model.precision import choose_engine, verdict
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter
 from edgemuse.runtime.pipeline.segmenter import Options

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemuse.engines.errors import BundleError, OutputError
+from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
-from edgemuse.runtime.model.bundle import Cascade, open_bundle, open_model, write_zip
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.store import add, entries, find_model, free_place, store_folder
 from edgemuse.runtime.pipeline.cascade import segment
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemuse.engines.errors import BackendError
-from edgemuse.runtime.model.bundle import Head, Resampling
+from edgemuse.runtime.model.bundle import Head
+from edgemuse.runtime.model.manifest import Resampling
 from edgemuse.runtime.network.half_sums import HalfSums, fold_head, rounded, to_single
 from edgemuse.runtime.network.head import label_blocks
 from edgemuse.runtime.network.resample import output_matrices

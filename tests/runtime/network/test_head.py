@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemuse.runtime.model.bundle import Head, Resampling
+from edgemuse.runtime.model.bundle import Head
+from edgemuse.runtime.model.manifest import Resampling
 from edgemuse.runtime.network.head import class_dtype, classify, label_blocks
 from edgemuse.runtime.network.resample import output_matrices
 from edgemuse.runtime.network.tiles import merge_tiles, mirrored, plan_tiles

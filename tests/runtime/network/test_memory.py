@@ -20,7 +20,8 @@ from bundles import (
 from unets import unet
 
 from edgemuse.engines.errors import MemoryLimitError
-from edgemuse.runtime.model.bundle import MANIFEST, Network, open_bundle
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.model.manifest import MANIFEST, Network
 from edgemuse.runtime.network import memory
 from edgemuse.runtime.network.memory import MemoryPlan, check_memory, gib, plan_memory
 from edgemuse.runtime.scan.nifti import Scan, open_scan

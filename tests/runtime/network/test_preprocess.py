@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from edgemuse.runtime.model.bundle import Network, Normalization, Resampling
+from edgemuse.runtime.model.manifest import Network, Normalization, Resampling
 from edgemuse.runtime.network.preprocess import foreground, nonzero_box, normalize, preprocess
 from edgemuse.runtime.network.resample import (
     axis_matrix,

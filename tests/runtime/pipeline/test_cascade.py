@@ -13,7 +13,7 @@ from bundles import CommandLine, head_image, snapshot, tiny_cascade, write_scan,
 
 from edgemuse.engines.errors import BundleError, InputError, MemoryLimitError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.runtime.model.bundle import CASCADE, Cascade, open_model
+from edgemuse.runtime.model.cascade import CASCADE, Cascade, open_model
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, open_segmenter
 from edgemuse.runtime.pipeline.segmenter import Options, Segmentation, Segmenter
 from edgemuse.runtime.regions.labels import Label, to_indices
