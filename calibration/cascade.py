@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from edgemuse.calibration.scans import Source, read_truth
 from edgemuse.engines.errors import InputError
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.model.precision import ALWAYS_FP32
 from edgemuse.runtime.network.preprocess import Box
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, Crop, Turned
-from edgemuse.runtime.pipeline.segmenter import Options
+from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.regions.labels import to_indices
 from edgemuse.runtime.scan.nifti import scan_stem
 
@@ -41,7 +40,7 @@ def stage_inputs(
     whole.mkdir()
     cropped.mkdir()
     inputs: dict[str, list[Source]] = {"mask": [], "regions": []}
-    with CascadeSegmenter(cascade, Options(ALWAYS_FP32, EngineOptions(precision="fp32"))) as segmenter:
+    with CascadeSegmenter(cascade, Options(ALWAYS_FP32, precision="fp32", cache_dir=None)) as segmenter:
         for number, source in enumerate(sources, start=1):
             progress(f"cropping scan {number} of {len(sources)} to the mask")
             crop = segmenter.crop(source.path)

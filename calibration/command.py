@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgemuse.runtime.cli.extras import needs_extra
-from edgemuse.runtime.cli.models import model_dir_option
+from edgemuse.runtime.cli.options import model_dir_option
 
 
 @click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")

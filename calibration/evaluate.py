@@ -18,7 +18,8 @@ from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.manifest import GateRow
 from edgemuse.runtime.model.precision import ALWAYS_FP32, stored_precision
 from edgemuse.runtime.network.profiles import PROFILES
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.scan.types import Labels
 
 Progress = Callable[[str], None]
@@ -37,7 +38,7 @@ class Setting:
     @property
     def options(self) -> Options:
         """For a `Segmenter`. Engines are not cached: most are used this once."""
-        return Options(self.profile, EngineOptions(self.backend, self.precision, self.device))
+        return Options(self.profile, self.backend, self.precision, self.device, cache_dir=None)
 
     def __str__(self) -> str:
         return f"{self.backend} {self.device} {self.precision}, profile {self.profile}"

@@ -17,13 +17,15 @@ from edgemuse.calibration.evaluate import Setting, quiet, settings
 from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import BackendError, InputError, MemoryLimitError
 from edgemuse.runtime.cli.describe import tuned_lines
-from edgemuse.runtime.cli.models import model_dir_option
+from edgemuse.runtime.cli.options import model_dir_option
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import Cascade, open_model
+from edgemuse.runtime.model.folders import default_cache_dir
 from edgemuse.runtime.model.precision import may_choose
 from edgemuse.runtime.model.store import find_model
 from edgemuse.runtime.model.tuned import Timing, Tuned, tuned_path
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter, default_cache_dir
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.results.files import write_file
 
 Measure = Callable[[Bundle, Options, Path], float]
@@ -91,9 +93,9 @@ def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], mea
     for number in range(1 + ROUNDS):
         for setting in list(seconds):
             progress(f"{setting}: {f'round {number} of {ROUNDS}' if number else 'first run, which compiles'}")
-            options = replace(setting.options.engine, cache_dir=default_cache_dir())
+            options = replace(setting.options, cache_dir=default_cache_dir())
             try:
-                taken = measure(bundle, Options(setting.profile, options), scan)
+                taken = measure(bundle, options, scan)
             except (BackendError, MemoryLimitError) as error:
                 progress(f"{setting}: left out: {error}")
                 del seconds[setting]

@@ -14,7 +14,7 @@ import click
 
 from edgemuse.engines.errors import OutputError
 from edgemuse.runtime.cli.extras import needs_extra
-from edgemuse.runtime.cli.models import model_dir_option
+from edgemuse.runtime.cli.options import model_dir_option
 
 if TYPE_CHECKING:
     from edgemuse.export.hub import Remote
@@ -62,7 +62,8 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
     """  # noqa: D301  # \b keeps click from wrapping the example
     with needs_extra("models", "fetching", "PyTorch"):  # all of it before anything is downloaded
         from edgemuse.export import exporter, hub  # noqa: F401
-    from edgemuse.runtime.model.store import free_place, store_folder
+    from edgemuse.runtime.model.folders import store_folder
+    from edgemuse.runtime.model.store import free_place
 
     place = free_place(name or model, store_folder(model_dir))
     remotes = [hub.look_up(network.repository, network.folder) for network in (DLICV, DLMUSE)]

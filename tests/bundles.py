@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
 
 from edgemuse.export.writer import write_cascade
-from edgemuse.runtime.cli.main import main
+from edgemuse.runtime.cli import main
 from edgemuse.runtime.model.bundle import file_entry, open_bundle
 from edgemuse.runtime.model.cascade import CascadeManifest
 from edgemuse.runtime.model.manifest import MANIFEST, GateRow, Manifest, Network, Normalization, Resampling
@@ -305,7 +305,7 @@ def _exit_code(function: Callable[[], None]) -> int:
 
 def run_process(*arguments: object, cache_dir: Path, prelude: str = "", timeout: float = 120) -> Ran:
     """Run the command line in a fresh interpreter, the Python code `prelude` first; give up after `timeout` seconds."""
-    code = f"{prelude}\nfrom edgemuse.runtime.cli.main import main\nmain()"
+    code = f"{prelude}\nfrom edgemuse.runtime.cli import main\nmain()"
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache_dir), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

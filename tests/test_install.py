@@ -1,10 +1,12 @@
-"""The wheel in an environment of its own: no PyTorch, no checkout, and the same files as beside PyTorch."""
+"""Installed in an environment of its own: what is there, no PyTorch, and the same files as beside PyTorch."""
 
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,59 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = CHECKOUT.parent / "shared" / "data"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with real scans and a trained model is absent"),
-]
+FOLDERS = ("bench", "calibration", "engines", "export", "runtime")
+
+pytestmark = pytest.mark.slow
+needs_scans = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with real scans and a trained model is absent")
+
+
+def copy_of_the_source(folder):
+    """Without what earlier builds left."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    return shutil.copytree(CHECKOUT, folder / "source", ignore=ignored, symlinks=True)
+
+
+def modules_of(source):
+    """Every file of Python in the sub-packages that are installed, as it is named inside `edgemuse/`."""
+    return {path.relative_to(source).as_posix() for folder in FOLDERS for path in (source / folder).rglob("*.py")}
+
+
+def in_wheel(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    return {name.removeprefix("edgemuse/") for name in names if name.startswith("edgemuse/") and name.endswith(".py")}
+
+
+def pip(python, *arguments):
+    subprocess.run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+
+
+def new_python(folder):
+    """The interpreter of a new virtual environment."""
+    venv.create(folder, with_pip=True)
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def test_the_wheel_holds_every_module_and_nothing_that_was_deleted(tmp_path):
+    """A folder `build` stays behind in the source; a module that was there once must not come back from it."""
+    source = copy_of_the_source(tmp_path)
+    gone = source / "runtime" / "gone.py"
+    gone.write_text('"""Deleted before the second build."""\n')
+    pip(sys.executable, "wheel", "--no-deps", "-w", tmp_path / "first", source)
+    assert (source / "build" / "lib" / "edgemuse" / "runtime" / "gone.py").exists()
+    gone.unlink()
+    pip(sys.executable, "wheel", "--no-deps", "-w", tmp_path / "second", source)
+    first, second = (in_wheel(next((tmp_path / name).glob("*.whl"))) for name in ("first", "second"))
+    assert first - second == {"runtime/gone.py"}
+    assert second == modules_of(source)
+
+
+def test_an_editable_install_finds_every_package(tmp_path):
+    source, python = copy_of_the_source(tmp_path), new_python(tmp_path / "venv")
+    pip(python, "install", "--no-deps", "-e", source)
+    packages = {f"edgemuse.{Path(name).parent.as_posix().replace('/', '.')}" for name in modules_of(source)}
+    code = "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if not u.find_spec(n)))"
+    ran = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True)
+    assert ran.stdout == "\n"
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +80,10 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
-    """A Python with nothing but the wheel and what it requires. Built from a copy, so that no stale build/ is used."""
+    """A Python with nothing but edgemuse and what it requires, by `pip install .`."""
     folder = tmp_path_factory.mktemp("bare")
-    source = shutil.copytree(CHECKOUT, folder / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", source], check=True)
+    python = new_python(folder / "venv")
+    pip(python, "install", copy_of_the_source(folder))
     return python
 
 
@@ -48,6 +97,7 @@ def test_training_stays_outside(bare_python):
     assert "ModuleNotFoundError" in ran.stderr
 
 
+@needs_scans
 @pytest.mark.parametrize("name", ["chris", "crop", "vxm"])
 def test_the_same_file_without_torch(name, bare_python, bundle, tmp_path):
     scan = SHARED / "t1" / f"{name}_T1w.nii.gz"

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgemuse.engines.protocol import Batch, Engine, EngineOptions
+from edgemuse.engines.protocol import Batch, Engine
 from edgemuse.runtime.model.bundle import Bundle
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.scan.types import Shape
 
 LOGITS = "logits"
@@ -40,8 +41,8 @@ class PlainSegmenter(Segmenter):
     """edgemuse's steps around an engine that returns logits, which are summed over tiles: `reference`, fp32."""
 
     def __init__(self, bundle: Bundle, engine: Engine, threads: int | None) -> None:
-        options = EngineOptions(engine.backend, threads=threads)
-        super().__init__(bundle, Options("reference", options, postprocess=False))
+        options = Options("reference", engine.backend, "fp32", threads=threads, postprocess=False)
+        super().__init__(bundle, options)
         self.network = replace(self.network, channels_out=self.network.classes, deferred_head=False)
         self.head = None
         self._given = engine

@@ -24,7 +24,7 @@ from edgemuse.bench.measure.systems import System
 from edgemuse.bench.measure.worker import Job
 from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime.cli.main import LINEAR_ALGEBRA
+from edgemuse.runtime.cli.options import LINEAR_ALGEBRA
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.regions.labels import Label, to_indices

@@ -101,10 +101,10 @@ def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
     _, backend, precision, profile = job.system.split("/")
     with _imports(job, stages):
         from edgemuse.engines.hardware import map_large_arrays
-        from edgemuse.engines.protocol import EngineOptions
         from edgemuse.engines.registry import open_engine
         from edgemuse.runtime.pipeline import segmenter as pipeline
-        from edgemuse.runtime.pipeline.cascade import open_segmenter
+        from edgemuse.runtime.pipeline.open import open_segmenter
+        from edgemuse.runtime.pipeline.options import Options
 
     def open_timed(*args: Any) -> Any:
         engine = open_engine(*args)
@@ -113,8 +113,8 @@ def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
 
     map_large_arrays()
     with stages.stage("open"):
-        engine = EngineOptions(backend, precision, threads=job.threads, cache_dir=pipeline.default_cache_dir())
-        segmenter = open_segmenter(Path(job.bundle), pipeline.Options(profile, engine, postprocess=False))
+        options = Options(profile, backend, precision, threads=job.threads, postprocess=False)
+        segmenter = open_segmenter(Path(job.bundle), options)
     with mock.patch.object(pipeline, "open_engine", open_timed), _pipeline(job, stages, segmenter) as segment:
         yield segment
 
@@ -139,7 +139,7 @@ def plain(job: Job, stages: Stages) -> Iterator[Segment]:
 @contextlib.contextmanager
 def _pipeline(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter) -> Iterator[Segment]:
     from edgemuse.runtime.network import head
-    from edgemuse.runtime.pipeline.segmenter import write
+    from edgemuse.runtime.pipeline.write import write
     from edgemuse.runtime.results.files import output_paths
     from edgemuse.runtime.scan.nifti import scan_stem
 

@@ -26,7 +26,8 @@ from edgemuse.bench.measure.models import development_bundle
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.regions.agreement import dice
 from edgemuse.runtime.regions.labels import to_indices
 from edgemuse.runtime.scan.geometry import voxel_mm3

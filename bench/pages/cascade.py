@@ -41,8 +41,8 @@ from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.export.writer import write_bundle, write_cascade
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
-from edgemuse.runtime.pipeline.cascade import segment
 from edgemuse.runtime.pipeline.crop import masked_crop, padded_box
+from edgemuse.runtime.pipeline.open import segment
 from edgemuse.runtime.results.islands import largest_component
 from edgemuse.runtime.scan.nifti import open_scan, read_image
 

@@ -24,10 +24,10 @@ from edgemuse.bench.measure import models, scans
 from edgemuse.bench.measure.reference import Reference
 from edgemuse.bench.measure.rows import commit
 from edgemuse.engines.hardware import cpu_name
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.regions.agreement import agreement, mean_dice
 
 
@@ -129,7 +129,7 @@ def compare(case: Case, reference: Reference, bundle: Bundle, work: Path) -> Res
 
 
 def _ours(case: Case, bundle: Bundle, profile: str, work: Path) -> NDArray[np.int64]:
-    with Segmenter(bundle, Options(profile, EngineOptions("openvino", "fp32"))) as segmenter:
+    with Segmenter(bundle, Options(profile, "openvino", "fp32", cache_dir=None)) as segmenter:
         classes = segmenter.segment(case.given).classes
     stored = scans.save(classes, case.given, work / "ours.nii.gz")
     return scans.labels_of(scans.reoriented(stored, work / "ours_upright.nii.gz", "LPS"))

@@ -22,8 +22,11 @@ from edgemuse.engines.errors import BackendError, BundleError, EdgemuseError
 from edgemuse.runtime.batch.jobs import Job
 from edgemuse.runtime.batch.many import Batch, Counts, Screen, wanted
 from edgemuse.runtime.model.cascade import open_model
-from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, segmenter_of
-from edgemuse.runtime.pipeline.segmenter import Options, Progress, Segmenter, default_cache_dir
+from edgemuse.runtime.model.folders import default_cache_dir
+from edgemuse.runtime.pipeline.cascade import CascadeSegmenter
+from edgemuse.runtime.pipeline.open import segmenter_of
+from edgemuse.runtime.pipeline.options import Options, Progress
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 
 log = logging.getLogger("edgemuse")
 
@@ -123,8 +126,7 @@ def _segmenter(task: Task) -> Segmenter | CascadeSegmenter:
     opened = open_model(task.model)
     if opened.sha256 != task.sha256:
         raise BundleError(f"{task.model} is another model on a worker; all machines must see the same files")
-    engine = replace(task.options.engine, cache_dir=default_cache_dir())
-    return segmenter_of(opened, replace(task.options, engine=engine))
+    return segmenter_of(opened, replace(task.options, cache_dir=default_cache_dir()))
 
 
 def run(address: str, task: Task, jobs: Sequence[Job], screen: Screen) -> Counts:

@@ -23,33 +23,18 @@ from typing import Any, Protocol
 from edgemuse.engines.errors import InputError, OutputError
 from edgemuse.runtime.batch.claim import Claim
 from edgemuse.runtime.batch.jobs import Job
-from edgemuse.runtime.network.memory import MemoryPlan, memory_limit
-from edgemuse.runtime.pipeline.segmenter import Loaded, Options, Planned, Progress, Segmentation, asked, write
+from edgemuse.runtime.network.memory import memory_limit
+from edgemuse.runtime.pipeline.loading import Loaded
+from edgemuse.runtime.pipeline.options import Options, Progress
+from edgemuse.runtime.pipeline.result import Pipeline
+from edgemuse.runtime.pipeline.write import write
 from edgemuse.runtime.results.files import PROVENANCE, discard_parts, present, read_record
-from edgemuse.runtime.scan.nifti import Scan, file_sha256, open_scan
+from edgemuse.runtime.scan.nifti import file_sha256, open_scan
 
 POLL = 1.0
 """Seconds between two looks at the scans that other processes work on."""
 at_work: ContextVar[Path | None] = ContextVar("at_work", default=None)
 """The scan that this thread works on, for those who show the log: lines about two scans may mix."""
-
-
-class Pipeline(Protocol):
-    """What segments: a Segmenter or a CascadeSegmenter."""
-
-    options: Options
-
-    def plan(self, scan: Scan) -> MemoryPlan:
-        """The memory that `scan` will take at most."""
-        ...
-
-    def prepare(self, path: str | Path) -> Any:
-        """Everything before the network."""
-        ...
-
-    def finish(self, loaded: Any, progress: Progress, planned: Planned) -> Segmentation:
-        """The network and everything after it."""
-        ...
 
 
 class Screen(Protocol):
@@ -121,7 +106,12 @@ class Batch:
     """Segments jobs, and counts them."""
 
     def __init__(
-        self, segmenter: Pipeline, wanted: Wanted, screen: Screen, with_picture: bool = True, overwrite: bool = False
+        self,
+        segmenter: Pipeline[Any],
+        wanted: Wanted,
+        screen: Screen,
+        with_picture: bool = True,
+        overwrite: bool = False,
     ) -> None:
         self.segmenter, self.wanted, self.screen = segmenter, wanted, screen
         self.with_picture, self.overwrite = with_picture, overwrite
@@ -287,4 +277,4 @@ def _in_the_way(path: Path, why: str) -> OutputError:
 
 def wanted(model_sha256: str, options: Options) -> Wanted:
     """What results of a model with `options`, as the user gave them, say in their provenance."""
-    return Wanted(model_sha256, asked(options))
+    return Wanted(model_sha256, options.asked)

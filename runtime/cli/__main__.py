@@ -1,6 +1,5 @@
 """`python -m edgemuse.runtime.cli`: the same as `edgemuse`."""
 
-from edgemuse.runtime.cli.main import main
+from edgemuse.runtime.cli import main
 
-if __name__ == "__main__":
-    main()
+main()

@@ -7,19 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgemuse.engines.errors import BackendError, OutputError
-from edgemuse.runtime.cli.models import model_dir_option
+from edgemuse.engines.errors import BackendError
+from edgemuse.runtime.cli.options import model_dir_option
 
 if TYPE_CHECKING:
-    from edgemuse.engines.protocol import EngineOptions
-    from edgemuse.runtime.model.bundle import Bundle
-    from edgemuse.runtime.model.cascade import Cascade
+    from edgemuse.runtime.pipeline.compile import Build
 
 
 def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -68,78 +65,36 @@ def build(
       edgemuse build dlmuse --compute-capability 8.6 -o engines
       EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz -m dlmuse -o out
     """  # noqa: D301  # \b keeps click from wrapping the example
-    from edgemuse.engines.protocol import EngineOptions
     from edgemuse.runtime.model.cascade import open_model
+    from edgemuse.runtime.model.folders import default_cache_dir
     from edgemuse.runtime.model.store import find_model
-    from edgemuse.runtime.pipeline.segmenter import default_cache_dir
+    from edgemuse.runtime.pipeline.compile import builds
 
     if capabilities and backend not in ("auto", "tensorrt"):
         raise click.UsageError(f"{backend} does not build for GPUs; --compute-capability is for tensorrt.")
-    bundles = _networks(open_model(find_model(model, model_dir)))
+    wanted = list(builds(open_model(find_model(model, model_dir)), backend, precisions, capabilities))
     folder = output or default_cache_dir()
-    options = EngineOptions("tensorrt" if capabilities else backend)
-    jobs = [
-        (role, bundle, precision, capability)
-        for role, bundle in bundles.items()
-        for precision in precisions or _stored(bundle, options, bool(capabilities))
-        for capability in capabilities or (None,)
-    ]
     failed = 0
-    for number, (role, bundle, precision, capability) in enumerate(jobs, 1):
-        what = f"{role} {precision} for {capability or 'this machine'}".lstrip()
+    for number, each in enumerate(wanted, 1):
         try:
-            with _progress(f"{what} ({number} of {len(jobs)})") as progress:
-                line = _build(bundle, replace(options, precision=precision), folder, capability, progress)
-            click.echo(f"{line}\t{role}".rstrip())
+            with _progress(f"{each} ({number} of {len(wanted)})") as progress:
+                click.echo(_built(each, folder, progress))
         except BackendError as error:
-            if len(jobs) == 1:
+            if len(wanted) == 1:
                 raise
             failed += 1
             click.echo(f"edgemuse: {error}", err=True)
     if failed:
-        raise BackendError(f"{failed} of {len(jobs)} engines not built")
+        raise BackendError(f"{failed} of {len(wanted)} engines not built")
 
 
-def _networks(model: Bundle | Cascade) -> dict[str, Bundle]:
-    """The bundle, or those of a cascade by their role."""
-    from edgemuse.runtime.model.cascade import Cascade
-
-    return model.bundles if isinstance(model, Cascade) else {"": model}
-
-
-def _stored(bundle: Bundle, options: EngineOptions, ahead: bool) -> list[str]:
-    """The precisions of the bundle's graphs, without those that the backend does not offer here."""
-    from edgemuse.engines.registry import choose, statuses
-
-    stored = list(bundle.manifest.graphs)
-    if ahead:
-        return stored
-    chosen = choose(options)[1]
-    (status,) = statuses(chosen.backend)
-    return [precision for precision in stored if precision in status.devices[chosen.device]]
-
-
-def _build(
-    bundle: Bundle,
-    options: EngineOptions,
-    folder: Path,
-    capability: str | None,
-    progress: Callable[[str, int, int], None],
-) -> str:
-    """Build one engine; returns the line that describes it."""
-    from edgemuse.engines.registry import build_engine
-    from edgemuse.runtime.model.precision import stored_precision
-
+def _built(build: Build, folder: Path, progress: Callable[[str, int, int], None]) -> str:
+    """Compile one engine; returns the line that describes it."""
     start = time.perf_counter()
-    graph = bundle.graph(stored_precision(options.precision))
-    shape = (1, 1, *bundle.manifest.network.patch)
-    try:
-        path = build_engine(graph, shape, options, folder, capability, progress)
-    except OSError as error:
-        raise OutputError(f"engine not written: {error}; choose another folder with --output") from error
-    seconds = time.perf_counter() - start
-    target = capability or "this machine"
-    return f"{path}\t{options.precision}\t{target}\t{path.stat().st_size / 1e6:.1f} MB\t{seconds:.1f} s"
+    path = build.run(folder, progress)
+    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
+    cells = (str(path), build.options.precision, build.target, f"{size:.1f} MB", f"{seconds:.1f} s", build.role)
+    return "\t".join(cells).rstrip()
 
 
 @contextmanager

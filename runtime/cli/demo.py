@@ -1,62 +1,31 @@
-"""`edgemuse demo`: a first run on the sample scan, whose true labels are known."""
+"""`edgemuse demo`: a first run on the sample scan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import click
 
-from edgemuse.runtime.model.builtin import BUILT_IN, SAMPLE_SCAN, SAMPLE_TRUTH
-from edgemuse.runtime.model.bundle import open_bundle
-from edgemuse.runtime.pipeline.segmenter import Options, Segmentation, Segmenter, write
-from edgemuse.runtime.regions.agreement import dice
-from edgemuse.runtime.regions.labels import to_indices
-from edgemuse.runtime.results.files import output_paths, prepare_folder
-from edgemuse.runtime.scan.geometry import voxel_mm3
-from edgemuse.runtime.scan.nifti import open_scan, read_image, scan_stem
-from edgemuse.runtime.scan.types import Labels
-
-SHOWN = {
-    "cerebral white matter": (2, 41),
-    "cerebral cortex": (3, 42),
-    "lateral ventricle": (4, 43),
-    "thalamus": (10, 49),
-    "caudate": (11, 50),
-    "putamen": (12, 51),
-    "hippocampus": (17, 53),
-    "amygdala": (18, 54),
-    "cerebellum cortex": (8, 47),
-    "brain stem": (16,),
-}
-"""Structures of the report, with FreeSurfer's numbers."""
+from edgemuse.runtime.cli.options import bind_threads, threads_option
+from edgemuse.runtime.cli.screen import progress, show_log
 
 
-def run(output: Path, threads: int | None, progress: Callable[[int, int], None]) -> tuple[str, list[Path]]:
-    """Segment the sample into `output`; returns the report and the paths written."""
-    bundle = open_bundle(BUILT_IN)
-    prepare_folder(output)
-    options = Options()
-    options = replace(options, engine=replace(options.engine, threads=threads))
-    with Segmenter(bundle, options) as segmenter:
-        segmentation = segmenter.segment(SAMPLE_SCAN, progress)
-    paths = write(segmentation, output_paths(output, scan_stem(SAMPLE_SCAN)))
-    found = to_indices(segmentation.classes, bundle.manifest.labels)
-    truth = read_image(open_scan(SAMPLE_TRUTH)).astype(found.dtype)
-    return report(segmentation, found, truth), paths
+@click.command(short_help="Segment a sample scan that comes with edgemuse.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("edgemuse-demo"), show_default=True,
+              help="Folder for the results; those of an earlier demo are replaced.")  # fmt: skip
+@threads_option
+def demo(output: Path, threads: int | None) -> None:
+    """Segment a sample scan that comes with edgemuse, and compare the result with the truth.
 
+    The scan is synthetic, so its true labels are known. Prints the Dice, the volumes and the seconds, and writes the
+    same files as 'segment', the picture among them.
+    """
+    show_log(False)
+    bind_threads(threads)
+    from edgemuse.runtime.cli.sample import run
 
-def report(segmentation: Segmentation, found: Labels, truth: Labels) -> str:
-    """Dice and volume of the main structures, the mean Dice over all, and the seconds of each stage."""
-    scores = dice(found, truth)
-    voxel_ml = voxel_mm3(segmentation.scan.affine) / 1000
-    lines = [f"{'structure (both sides)':<24}{'Dice':>6}{'ml':>9}"]
-    for name, indices in SHOWN.items():
-        score = np.mean([scores.get(index, 0.0) for index in indices])
-        lines.append(f"{name:<24}{score:>6.2f}{np.isin(found, indices).sum() * voxel_ml:>9.1f}")
-    lines.append(f"{f'mean of {len(scores)} structures':<24}{np.mean(list(scores.values())):>6.2f}")
-    lines.append("")
-    lines += [f"{stage:<24}{seconds:>6.2f} s" for stage, seconds in segmentation.seconds.items()]
-    lines.append(f"{'all':<24}{sum(segmentation.seconds.values()):>6.2f} s")
-    return "\n".join(lines)
+    with progress("sample") as advance:
+        report, paths = run(output, threads, advance)
+    click.echo(report, err=True)
+    for path in paths:
+        click.echo(path)

@@ -9,10 +9,10 @@ from edgemuse.engines.hardware import available_memory, machine
 from edgemuse.engines.registry import Status, statuses
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import Cascade
+from edgemuse.runtime.model.folders import default_cache_dir
 from edgemuse.runtime.model.manifest import GateRow
 from edgemuse.runtime.model.tuned import Tuned, recall, recall_all
 from edgemuse.runtime.network.memory import gib
-from edgemuse.runtime.pipeline.segmenter import default_cache_dir
 from edgemuse.runtime.regions.labels import by_index
 
 

@@ -8,11 +8,31 @@ from pathlib import Path
 import click
 
 from edgemuse.engines.errors import BundleError, one_line
+from edgemuse.runtime.cli.lazy import LazyGroup
+from edgemuse.runtime.cli.options import model_dir_option
 
-model_dir_option = click.option(
-    "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store: where models "
-    "go by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
-)  # fmt: skip
+COMMANDS = {
+    "list": ("edgemuse.runtime.cli.models", "list_models", "List the models that go by a name, and check them."),
+    "fetch": ("edgemuse.export.fetch", "fetch", "Get DLMUSE from the Hugging Face hub and export it here."),
+    "add": ("edgemuse.runtime.cli.models", "add", "Put a bundle into the store, so that it goes by a name."),
+    "verify": ("edgemuse.runtime.cli.models", "verify", "Check the SHA-256 of every file of every model."),
+}
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, invoke_without_command=True)
+@click.pass_context
+def models(ctx: click.Context) -> None:
+    """Models that go by a name: list, fetch, add and verify them.
+
+    They lie in a store, a folder with one file or folder for each. 'segment --model NAME' finds them there.
+
+    \b
+      edgemuse models fetch dlmuse --accept-license    with a network and PyTorch
+      edgemuse models list                             what is there, from where, whether whole
+      edgemuse models add STICK/dlmuse.zip             without either: from the store of another machine
+    """  # noqa: D301 click reads the backspace itself
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @click.command("list")
@@ -22,7 +42,8 @@ def list_models(model_dir: Path | None) -> None:
 
     The built-in model comes first. The others lie in the folder that the last line names, one file or folder each.
     """
-    from edgemuse.runtime.model.store import entries, inspect, store_folder
+    from edgemuse.runtime.model.folders import store_folder
+    from edgemuse.runtime.model.store import entries, inspect
 
     store = store_folder(model_dir)
     rows = [("name", "from", "size", "licence", "verified")]
@@ -57,9 +78,10 @@ def add(model: Path, name: str | None, model_dir: Path | None) -> None:
       edgemuse segment T1.nii.gz -o out --model dlmuse
     """  # noqa: D301  # \b keeps click from wrapping the example
     from edgemuse.runtime.model import store
+    from edgemuse.runtime.model.folders import store_folder
 
     default = model.resolve().name.removesuffix(".zip").removesuffix(".bundle")
-    click.echo(store.add(model, name or default, store.store_folder(model_dir)))
+    click.echo(store.add(model, name or default, store_folder(model_dir)))
 
 
 @click.command()
@@ -68,7 +90,8 @@ def add(model: Path, name: str | None, model_dir: Path | None) -> None:
 @click.pass_context
 def verify(ctx: click.Context, /, names: tuple[str, ...], model_dir: Path | None) -> None:
     """Check the SHA-256 of every file of every model, or of those named. Exit code 2 if one is damaged."""
-    from edgemuse.runtime.model.store import entries, inspect, named, store_folder
+    from edgemuse.runtime.model.folders import store_folder
+    from edgemuse.runtime.model.store import entries, inspect, named
 
     store = store_folder(model_dir)
     damaged = False

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from edgemuse.engines.errors import BundleError, OutputError, one_line
 from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import CASCADE, Cascade, open_model
+from edgemuse.runtime.model.folders import store_folder
 from edgemuse.runtime.model.manifest import MANIFEST
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,12 +45,6 @@ class Facts:
     bytes: int
     license: str
     problem: str | None
-
-
-def store_folder(chosen: Path | None = None) -> Path:
-    """Where the store is: `chosen`, else `models` in the folder `EDGEMUSE_HOME` or in the user's data directory."""
-    home = os.environ.get("EDGEMUSE_HOME") or platformdirs.user_data_dir("edgemuse", appauthor=False)
-    return chosen or Path(home) / "models"
 
 
 def entries(store: Path) -> list[Entry]:

@@ -7,16 +7,14 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgemuse.engines.errors import InputError
-from edgemuse.runtime.model.bundle import Bundle
-from edgemuse.runtime.model.cascade import Cascade, open_model
-from edgemuse.runtime.model.store import find_model
+from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.network.memory import MemoryPlan, check_memory, memory_limit
 from edgemuse.runtime.network.preprocess import Box, preprocess
 from edgemuse.runtime.pipeline.crop import (
@@ -28,18 +26,11 @@ from edgemuse.runtime.pipeline.crop import (
     turn_to,
     turned_affine,
 )
-from edgemuse.runtime.pipeline.segmenter import (
-    Loaded,
-    Options,
-    Planned,
-    Progress,
-    Run,
-    Segmentation,
-    Segmenter,
-    flagged,
-    load,
-)
-from edgemuse.runtime.results import quality
+from edgemuse.runtime.pipeline.loading import Loaded, load
+from edgemuse.runtime.pipeline.options import Options, Planned, Progress
+from edgemuse.runtime.pipeline.record import Run
+from edgemuse.runtime.pipeline.result import Pipeline, Segmentation, conclude
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.results.islands import largest_component
 from edgemuse.runtime.results.quality import Subject
 from edgemuse.runtime.scan.geometry import Reorientation, shape_of, voxel_mm3
@@ -85,23 +76,17 @@ class LoadedTurned(Loaded):
     turned: Turned
 
 
-class CascadeSegmenter:
-    """A cascade and its two engines, ready for any number of scans. Use it as a context manager."""
+class CascadeSegmenter(Pipeline[LoadedTurned]):
+    """A cascade and its two engines."""
 
     def __init__(self, cascade: Cascade, options: Options) -> None:
         self.cascade, self.options = cascade, options
         self.mask, self.regions = Segmenter(cascade.mask, options), Segmenter(cascade.regions, options)
 
-    def __enter__(self) -> CascadeSegmenter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Let go of both engines and their memory."""
         self.mask.close()
         self.regions.close()
-
-    def segment(self, path: str | Path, progress: Progress = lambda done, total: None) -> Segmentation:
-        """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
-        return self.finish(self.prepare(path), progress)
 
     def prepare(self, path: str | Path) -> LoadedTurned:
         """Everything before the first network; may run in a thread beside `finish` of another scan."""
@@ -117,7 +102,7 @@ class CascadeSegmenter:
         self, loaded: LoadedTurned, progress: Progress, planned: Planned = lambda total, last: None
     ) -> Segmentation:
         """Both networks and everything after them; `planned` hears of the memory before each runs."""
-        scan, memory, shown, watch = loaded.scan, loaded.memory, loaded.shown, loaded.watch
+        scan, memory = loaded.scan, loaded.memory
         with self._room(self.mask, scan, memory):
             kept = self.regions.plan(scan).engine if self.regions.is_open else 0
             first, mask = self._find_mask(loaded, progress, lambda total, _: planned(total + kept, False))
@@ -126,27 +111,14 @@ class CascadeSegmenter:
             progress = _after(first.plan.count, progress)
             second, box, classes = self._label(loaded, mask, progress, lambda total, last: planned(total + kept, last))
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
-        found, inside = turn.undo(classes), turn.undo(mask)
-        with watch.stage("quality"):
-            flags = flagged(scan, self._subject(scan, shown, found, inside), self.regions.threads)
-        held = self._held(scan)
-        planned_bytes = max(
-            memory.total, first.memory.total + held, second.memory.total + held + self.mask.plan(scan).scan
-        )
-        record = self._record(loaded, first, second, planned_bytes, watch.seconds)
-        record["mask"] = {
-            "voxels": int(mask.sum()),
-            "mm3": float(mask.sum() * voxel_mm3(scan.affine)),
-            "crop": _sides(box),
-        }
-        return Segmentation(
-            scan, shown, found, self.cascade.labels, flags, watch.seconds, record | quality.record(flags)
-        )
+        subject = self._subject(loaded, turn.undo(classes), turn.undo(mask))
+        record = partial(self._record, loaded, first, second, mask, box)
+        return conclude(loaded, subject, self.regions.threads, record)
 
-    def _subject(self, scan: Scan, shown: NDArray[np.uint8], classes: Labels, inside: Mask) -> Subject:
-        labels, spacing = self.cascade.labels, self.regions.network.spacing
+    def _subject(self, loaded: Loaded, classes: Labels, inside: Mask) -> Subject:
+        scan, labels, spacing = loaded.scan, self.cascade.labels, self.regions.network.spacing
         plausible = self.cascade.manifest.plausible_mm3
-        return Subject(shown, classes, labels, scan.affine, scan.zooms, spacing, inside, plausible)
+        return Subject(loaded.shown, classes, labels, scan.affine, scan.zooms, spacing, inside, plausible)
 
     def crop(self, path: str | Path) -> Crop:
         """What the second network gets of the NIfTI file at `path`. Raises a child of EdgemuseError."""
@@ -222,36 +194,26 @@ class CascadeSegmenter:
             if stage.profile.large_tiles or memory.total + smaller > memory_limit(self.options.max_ram):
                 stage.close()
 
-    def _record(
-        self, loaded: Loaded, first: Run, second: Run, planned: int, seconds: dict[str, float]
-    ) -> dict[str, Any]:
+    def _record(self, loaded: Loaded, first: Run, second: Run, mask: Mask, box: Box) -> dict[str, Any]:
         """The provenance: of the whole, and under `stages` what differs between them."""
-        scan, sha256 = loaded.scan, loaded.sha256
-        mask = self.mask.provenance(scan, sha256, first, seconds)
-        regions = self.regions.provenance(scan, sha256, second, seconds)
-        regions["memory"]["planned_bytes"] = planned
-        whole = {"model": {"name": self.cascade.name, "sha256": self.cascade.sha256}}
-        common = {key: value for key, value in regions.items() if key not in PER_STAGE}
-        stages = {
-            role: {key: record[key] for key in PER_STAGE} for role, record in (("mask", mask), ("regions", regions))
+        records = {"mask": self.mask.provenance(loaded, first), "regions": self.regions.provenance(loaded, second)}
+        stages = {role: {key: record[key] for key in PER_STAGE} for role, record in records.items()}
+        common = {key: value for key, value in records["regions"].items() if key not in PER_STAGE}
+        common["memory"]["planned_bytes"] = self._planned_bytes(loaded, first, second)
+        return common | {
+            "model": {"name": self.cascade.name, "sha256": self.cascade.sha256},
+            "stages": stages,
+            "mask": {
+                "voxels": int(mask.sum()),
+                "mm3": float(mask.sum() * voxel_mm3(loaded.scan.affine)),
+                "crop": _sides(box),
+            },
         }
-        return common | whole | {"stages": stages}
 
-
-def segmenter_of(model: Bundle | Cascade, options: Options) -> Segmenter | CascadeSegmenter:
-    """What segments with `model`."""
-    return CascadeSegmenter(model, options) if isinstance(model, Cascade) else Segmenter(model, options)
-
-
-def open_segmenter(path: str | Path, options: Options) -> Segmenter | CascadeSegmenter:
-    """What segments with the bundle or cascade at `path`, or of that name in the store; raises BundleError."""
-    return segmenter_of(open_model(find_model(Path(path))), options)
-
-
-def segment(path: str | Path, bundle: str | Path, options: Options | None = None) -> Segmentation:
-    """Segment one scan with the bundle or cascade at `bundle`. For several scans keep an `open_segmenter`."""
-    with open_segmenter(bundle, options or Options()) as segmenter:
-        return segmenter.segment(path)
+    def _planned_bytes(self, loaded: Loaded, first: Run, second: Run) -> int:
+        held = self._held(loaded.scan)
+        kept = held + self.mask.plan(loaded.scan).scan
+        return max(loaded.memory.total, first.memory.total + held, second.memory.total + kept)
 
 
 def _after(tiles: int, progress: Progress) -> Progress:

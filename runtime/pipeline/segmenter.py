@@ -1,31 +1,20 @@
-"""One scan from file to files: the whole main path, one named step after the other."""
+"""Segmenting with one network: what happens between a file and its labels, one named step after the other."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import logging
 import math
-import os
-import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import BundleError
 from edgemuse.engines.fallback import open_with_fallback
-from edgemuse.engines.hardware import cpu_cores, machine, peak_memory
+from edgemuse.engines.hardware import cpu_cores
 from edgemuse.engines.protocol import Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
 from edgemuse.runtime.model.bundle import Bundle
@@ -33,7 +22,7 @@ from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.model.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
 from edgemuse.runtime.network.half_sums import HalfSums
 from edgemuse.runtime.network.head import class_dtype, label_blocks
-from edgemuse.runtime.network.memory import MemoryPlan, check_memory, memory_limit, plan_memory
+from edgemuse.runtime.network.memory import MemoryPlan, memory_limit, plan_memory
 from edgemuse.runtime.network.preprocess import Prepared, preprocess
 from edgemuse.runtime.network.profiles import PROFILES
 from edgemuse.runtime.network.resample import output_matrices
@@ -45,113 +34,25 @@ from edgemuse.runtime.network.tiles import (
     mirrored,
     plan_tiles,
 )
-from edgemuse.runtime.regions.labels import Label, count_voxels, dseg_tsv, structure_voxels, to_indices
-from edgemuse.runtime.regions.muse import is_muse
-from edgemuse.runtime.regions.volumes import dlmuse_csv, volumes_tsv
-from edgemuse.runtime.results import files as outputs
-from edgemuse.runtime.results import picture, quality
+from edgemuse.runtime.pipeline.loading import Loaded, load
+from edgemuse.runtime.pipeline.options import Options, Planned, Progress
+from edgemuse.runtime.pipeline.record import Run, Setup, provenance
+from edgemuse.runtime.pipeline.result import Pipeline, Segmentation, conclude
+from edgemuse.runtime.pipeline.stopwatch import Stopwatch
 from edgemuse.runtime.results.islands import remove_islands
-from edgemuse.runtime.results.quality import Flag, Subject
-from edgemuse.runtime.scan.geometry import orientation, shape_of, voxel_mm3
-from edgemuse.runtime.scan.nifti import Scan, file_sha256, open_scan, read_image, scan_stem
-from edgemuse.runtime.scan.types import Features, Image, Labels, Shape
+from edgemuse.runtime.results.quality import Subject
+from edgemuse.runtime.scan.geometry import orientation, shape_of
+from edgemuse.runtime.scan.nifti import Scan
+from edgemuse.runtime.scan.types import Features, Labels, Shape
 
 log = logging.getLogger("edgemuse")
 
-Progress = Callable[[int, int], None]
-"""Told how many tiles of how many are done."""
-Planned = Callable[[int, bool], None]
-"""Told, before a network runs, the bytes that the process will take at most, and whether it is the scan's last."""
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to segment.
-
-    `max_ram` is in GiB; None: nine tenths of what is free. `postprocess`: remove islands, if the bundle says of what.
-    """
-
-    profile: str = "reference"
-    engine: EngineOptions = field(default_factory=lambda: EngineOptions(cache_dir=default_cache_dir()))
-    max_ram: float | None = None
-    postprocess: bool = True
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """The result for one scan, on its grid.
-
-    Attributes:
-        scan: what was segmented.
-        shown: (i, j, k) its intensities as grey values, for pictures.
-        classes: (i, j, k) class numbers.
-        labels: of the classes.
-        flags: why the result should be looked at before it is used.
-        seconds: of each stage.
-        provenance: how it was made.
-    """
-
-    scan: Scan
-    shown: NDArray[np.uint8]
-    classes: Labels
-    labels: tuple[Label, ...]
-    flags: tuple[Flag, ...]
-    seconds: dict[str, float]
-    provenance: dict[str, Any]
-
-
-@dataclass
-class Loaded:
-    """A scan that waits for the network.
-
-    Attributes:
-        scan: where it comes from.
-        memory: what it takes at most.
-        shown: (i, j, k) its intensities as grey values.
-        prepared: the network's input, from when it is prepared until it is taken.
-        watch: the seconds so far.
-        sha256: of the file, as it was read.
-    """
-
-    scan: Scan
-    memory: MemoryPlan
-    shown: NDArray[np.uint8]
-    prepared: Prepared | None
-    watch: Stopwatch
-    sha256: str
-
-    def take(self) -> Prepared:
-        """The network's input, once: its memory is given back as soon as the network has run."""
-        prepared, self.prepared = self.prepared, None
-        assert prepared is not None
-        return prepared
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one network gave.
-
-    `classes`: (i, j, k) on the grid that was prepared; `removed`: voxels changed by removing islands.
-    """
-
-    classes: Labels
-    plan: TilePlan
-    engine: Engine
-    memory: MemoryPlan
-    removed: int
-
-
-def default_cache_dir() -> Path:
-    """Where compiled engines are kept: `EDGEMUSE_CACHE_DIR`, or the user's cache directory."""
-    folder = os.environ.get("EDGEMUSE_CACHE_DIR")
-    return Path(folder) if folder else Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "engines"
-
-
-class Segmenter:
-    """A bundle and its engine, ready for any number of scans. Use it as a context manager."""
+class Segmenter(Pipeline[Loaded]):
+    """A bundle and its engine."""
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
-        self.bundle, self.options, self._asked = bundle, options, options.engine
+        self.bundle, self.options = bundle, options
         self._instead_of = ""
         self._choose(options.engine)
         self.profile = PROFILES[options.profile]
@@ -159,12 +60,6 @@ class Segmenter:
         self.head = bundle.head()
         self._engine: Engine | None = None
         self._tile: Shape | None = None
-
-    def __enter__(self) -> Segmenter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def is_open(self) -> bool:
@@ -174,17 +69,13 @@ class Segmenter:
     @property
     def threads(self) -> int:
         """Cores to use beside the engine."""
-        return self.options.engine.threads or cpu_cores()
+        return self.options.threads or cpu_cores()
 
     def close(self) -> None:
         """Let go of the engine and its memory; it is opened again when it is needed."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-
-    def segment(self, path: str | Path, progress: Progress = lambda done, total: None) -> Segmentation:
-        """Segment the NIfTI file at `path`; `progress` hears of every tile. Raises a child of EdgemuseError."""
-        return self.finish(self.prepare(path), progress)
 
     def prepare(self, path: str | Path) -> Loaded:
         """Everything before the network; may run in a thread beside `finish` of another scan."""
@@ -199,11 +90,8 @@ class Segmenter:
         """The network and everything after it; `planned` hears of the memory before the network runs."""
         scan, shown, watch = loaded.scan, loaded.shown, loaded.watch
         run = self.run(scan, loaded.take(), watch, progress, planned)
-        with watch.stage("quality"):
-            subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
-            flags = flagged(scan, subject, self.threads)
-        provenance = self.provenance(scan, loaded.sha256, run, watch.seconds) | quality.record(flags)
-        return Segmentation(scan, shown, run.classes, self.bundle.labels, flags, watch.seconds, provenance)
+        subject = Subject(shown, run.classes, self.bundle.labels, scan.affine, scan.zooms, self.network.spacing)
+        return conclude(loaded, subject, self.threads, partial(self.provenance, loaded, run))
 
     def run(
         self,
@@ -232,7 +120,7 @@ class Segmenter:
     def plan(self, scan: Scan, tiles: TilePlan | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, with `tiles` or with patches."""
         graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
-        engine = (self.options.engine.backend, self.options.engine.precision)
+        engine = (self.chosen.backend, self.chosen.precision)
         folds = 1 if self.head is None else self.head.folds
         sums = folds if self.profile.half_sums else 0
         return plan_memory(scan, self.network, graph_bytes, self.profile.mirror, tiles, engine, sums)
@@ -253,9 +141,9 @@ class Segmenter:
         if self._engine is None or self._tile != tile:
             self.close()
             self._tile = tile
-            chosen = self.options.engine
-            replaceable = chosen.device != "CPU" and (self._asked.backend, self._asked.device) == ("auto", "auto")
-            self._engine = open_with_fallback(partial(self._open, tile), chosen, self._cpu if replaceable else None)
+            asked = (self.options.backend, self.options.device)
+            spare = self._cpu if asked == ("auto", "auto") and self.chosen.device != "CPU" else None
+            self._engine = open_with_fallback(partial(self._open, tile), self.chosen, spare)
             log.info(
                 "engine: %s %s on %s, %s",
                 self._engine.backend,
@@ -267,11 +155,10 @@ class Segmenter:
 
     def _choose(self, asked: EngineOptions) -> EngineOptions:
         """Make the options for the engine definite; raises BackendError or BundleError if there is no such engine."""
-        chosen = choose_engine(self.bundle, self.options.profile, asked)
-        self.options = replace(self.options, engine=chosen)
-        self.verdict = verdict(self.bundle, self.options.profile, chosen)
-        _warn_accuracy(self.bundle.name, self.options.profile, chosen.precision, self.verdict)
-        return chosen
+        self.chosen = choose_engine(self.bundle, self.options.profile, asked)
+        self.verdict = verdict(self.bundle, self.options.profile, self.chosen)
+        _warn_accuracy(self.bundle.name, self.options.profile, self.chosen.precision, self.verdict)
+        return self.chosen
 
     def _open(self, tile: Shape, options: EngineOptions) -> Engine:
         return open_engine(self.bundle.graph(stored_precision(options.precision)), (1, 1, *tile), options)
@@ -279,7 +166,7 @@ class Segmenter:
     def _cpu(self, reason: str) -> EngineOptions:
         """What takes over, for this scan and all later ones, from a GPU that failed."""
         self._instead_of = reason
-        return self._choose(replace(self._asked, device="CPU"))
+        return self._choose(replace(self.options.engine, device="CPU"))
 
     def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())
@@ -310,155 +197,11 @@ class Segmenter:
             )
         return np.ascontiguousarray(np.moveaxis(features[0], 0, -1))
 
-    def provenance(self, scan: Scan, sha256: str, run: Run, seconds: dict[str, float]) -> dict[str, Any]:
-        """How `run` was made of `scan`, a file of that hash, for people and for making it again."""
-        plan, engine = run.plan, run.engine
-        mirrored_axes = list(self.network.mirror_axes) if self.profile.mirror else []
-        return {
-            "edgemuse": version("edgemuse"),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "input": {
-                "name": scan.path.name,
-                "sha256": sha256,
-                "shape": scan.shape,
-                "mm": scan.zooms,
-            },
-            "model": {"name": self.bundle.manifest.name, "sha256": self.bundle.sha256},
-            "asked": asked(replace(self.options, engine=self._asked)),
-            "backend": {
-                "name": engine.backend,
-                "version": engine.version,
-                "device": engine.device,
-                "precision": engine.precision,
-                "gate": self.verdict,
-                "threads": self.options.engine.threads,
-                "instead_of": self._instead_of,
-            },
-            "profile": {
-                "name": self.options.profile,
-                "tiles": plan.count,
-                "tile": plan.patch,
-                "mirrored_axes": mirrored_axes,
-            },
-            "postprocess": {"done": self.options.postprocess, "voxels_changed": run.removed},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("numpy", "scipy", "nibabel")},
-            "machine": machine(),
-            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
-            "memory": {"planned_bytes": run.memory.total, "peak_bytes": peak_memory()},
-        }
-
-
-class Stopwatch:
-    """Seconds of each stage, logged as they end; `prefix` stands before every name."""
-
-    def __init__(self, prefix: str = "", seconds: dict[str, float] | None = None) -> None:
-        self.prefix, self.seconds = prefix, {} if seconds is None else seconds
-
-    def within(self, prefix: str) -> Stopwatch:
-        """The same watch for stages whose names begin with `prefix`."""
-        return Stopwatch(prefix, self.seconds)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the block under `name`."""
-        name, start = self.prefix + name, time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        log.info("%s: %.2f s", name, self.seconds[name])
-
-
-def load(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | None) -> tuple[Loaded, Image]:
-    """The scan at `path`, to be prepared, and its voxels; raises where it or the memory that it takes is refused."""
-    watch = Stopwatch()
-    with watch.stage("load"):
-        scan = open_scan(path)
-        memory = plan(scan)
-        check_memory(scan, memory, max_ram)
-        log.info("memory: %s", memory)
-        image = read_image(scan)
-        return Loaded(scan, memory, picture.to_bytes(image), None, watch, file_sha256(scan.path)), image
-
-
-def flagged(scan: Scan, subject: Subject, threads: int) -> tuple[Flag, ...]:
-    """Why the result for `scan` should be looked at; says so in the log as well."""
-    flags = quality.assess(subject, threads)
-    if flags:
-        log.warning("%s: look at this result: %s", scan.path, quality.summary(flags))
-    return flags
-
-
-def asked(options: Options) -> dict[str, Any]:
-    """What the user asked for that may change labels, for the provenance. Memory does where it decides the tiles."""
-    large_tiles = PROFILES[options.profile].large_tiles
-    return {
-        "profile": options.profile,
-        "backend": options.engine.backend,
-        "device": options.engine.device,
-        "precision": options.engine.precision,
-        "postprocess": options.postprocess,
-        "max_ram": options.max_ram if large_tiles else None,
-    }
-
-
-def write(
-    segmentation: Segmentation,
-    paths: Mapping[str, Path],
-    with_picture: bool = True,
-    notes: Mapping[str, Any] | None = None,
-) -> list[Path]:
-    """Write the label map, its legend, the volumes, the provenance and a picture to `paths`.
-
-    Args:
-        segmentation: what to write.
-        paths: by their name in `outputs.NAMES`.
-        with_picture: whether to make one.
-        notes: what the provenance says besides.
-
-    Returns:
-        The files written; older ones of a kind that is not written are removed. The provenance, which lists the hashes
-        of the others, is placed first: where the process is killed halfway, it tells what is missing.
-    """
-    start = time.perf_counter()
-    contents = _results(segmentation, with_picture)
-    seconds = segmentation.provenance["seconds"] | {"write": round(time.perf_counter() - start, 4)}
-    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    provenance = {**(notes or {}), **segmentation.provenance, "seconds": seconds, "files": files}
-    record = {outputs.PROVENANCE: (json.dumps(provenance, indent=2) + "\n").encode()}
-    contents = record | contents
-    gone = [paths[name] for name in outputs.NAMES if name not in contents]
-    outputs.write_files({paths[name]: data for name, data in contents.items()}, gone)
-    return [paths[name] for name in outputs.NAMES if name in contents]
-
-
-def _results(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
-    """All files but the provenance."""
-    with ThreadPoolExecutor(1) as pool:  # the label map is compressed while the picture is drawn
-        dseg = pool.submit(_label_map, segmentation)
-        others = _tables_and_picture(segmentation, with_picture)
-        return {"dseg.nii.gz": dseg.result(), **others}
-
-
-def _label_map(segmentation: Segmentation) -> bytes:
-    return outputs.nifti_bytes(to_indices(segmentation.classes, segmentation.labels), segmentation.scan)
-
-
-def _tables_and_picture(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:
-    labels, scan = segmentation.labels, segmentation.scan
-    voxels, mm3 = structure_voxels(count_voxels(segmentation.classes, labels), labels), voxel_mm3(scan.affine)
-    contents = {
-        "dseg.tsv": dseg_tsv(labels).encode(),
-        "volumes.tsv": volumes_tsv(voxels, labels, mm3).encode(),
-    }
-    if is_muse(labels):
-        contents[outputs.DLMUSE_CSV] = dlmuse_csv(scan_stem(scan.path), voxels, mm3).encode()
-    if with_picture:
-        found, litres = np.count_nonzero(list(voxels.values())), sum(voxels.values()) * mm3 / 1e6
-        caption = f"{scan.path.name}   {segmentation.provenance['model']['name']}   {found} structures   {litres:.2f} l"
-        names = [flag.name for flag in segmentation.flags]
-        shown, classes = segmentation.shown, segmentation.classes
-        contents["qc.png"] = picture.picture(shown, classes, scan.affine, labels, caption, names)
-    return contents
+    def provenance(self, loaded: Loaded, run: Run) -> dict[str, Any]:
+        """How `run` was made of the scan that was loaded."""
+        mirrored_axes = self.network.mirror_axes if self.profile.mirror else ()
+        setup = Setup(self.bundle, self.options, mirrored_axes, self.verdict, self._instead_of)
+        return provenance(loaded.scan, loaded.sha256, run, setup, loaded.watch.seconds)
 
 
 def _warn_accuracy(name: str, profile: str, precision: str, gate: str) -> None:

@@ -25,17 +25,17 @@ from edgemuse.calibration.cascade import stage_inputs
 from edgemuse.calibration.graphs import graph_bytes
 from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import InputError
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.model.cascade import Cascade, CascadeManifest
 from edgemuse.runtime.model.manifest import GateRow
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.scan.nifti import file_sha256
 
-CPU = Options("reference", EngineOptions("openvino", "fp32"))
+CPU = Options("reference", "openvino", "fp32", cache_dir=None)
 AFFINE = np.array([[0, 0.1, -1.1, 11], [-1.2, 0, 0, -22.5], [0, 1.5, 0.1, 33], [0, 0, 0, 1]])
 """Neither LPS nor 1 mm."""
 PADDING = 10

@@ -25,7 +25,7 @@ from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.precision import choose_engine
 from edgemuse.runtime.model.tuned import Timing, Tuned, recall, tuned_path
-from edgemuse.runtime.pipeline.segmenter import Options
+from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.scan.nifti import open_scan
 
 pytest.importorskip("onnxruntime", reason="two backends are needed: pip install 'edgemuse[onnxruntime]'")
@@ -168,7 +168,7 @@ def test_the_command_and_what_is_said_of_it(
 
 def test_segmenting_is_what_is_timed(bundle: Path, tmp_path: Path) -> None:
     scan = write_scan(tmp_path / "a_T1w.nii.gz")
-    options = Options("fast", EngineOptions("openvino", "fp32", "CPU"))
+    options = Options("fast", "openvino", "fp32", "CPU", cache_dir=None)
     assert tune.seconds_of(open_bundle(bundle), options, scan) > 0
 
 

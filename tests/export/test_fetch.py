@@ -171,7 +171,7 @@ def test_killed_and_resumed(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     chunks, path = 3, f"{DLICV.folder}/{CHECKPOINT}"
     hub.repositories[DLICV.repository].files[path] = os.urandom(hub_module.CHUNK * chunks)
     hub.hold = len(FILES) - 1 + chunks  # the last chunk of the first checkpoint
-    code = "from edgemuse.runtime.cli.main import main; main()"
+    code = "from edgemuse.runtime.cli import main; main()"
     with subprocess.Popen([sys.executable, "-c", code, *FETCH], stderr=subprocess.DEVNULL) as process:
         held = hub.held.wait(60)
         process.kill()

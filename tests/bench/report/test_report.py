@@ -20,9 +20,9 @@ from edgemuse.bench.pages.document import PARTS, document
 from edgemuse.bench.report.report import sections, write_report
 from edgemuse.bench.report.summary import ratios, summarise
 from edgemuse.calibration.scans import Source
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model.bundle import open_bundle
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 
 BASE, OTHER = "edgemuse/openvino/fp32/reference", "edgemuse/openvino/bf16/reference"
 MACHINE = {"cpu": "none", "cores": 2, "memory_bytes": 0, "system": "none"}
@@ -99,7 +99,7 @@ def test_a_lower_dice_against_the_truth_is_flagged_although_the_labels_nearly_ag
 def test_an_engine_with_two_channels_swapped_is_flagged(tmp_path):
     scan = write_scan(tmp_path / "a_T1w.nii.gz", head_image())
     bundle = open_bundle(tiny_bundle(tmp_path / "tiny.bundle", deferred=False))
-    options = Options("reference", EngineOptions("openvino"))
+    options = Options("reference", "openvino", cache_dir=None)
 
     def classes(swap):
         with Segmenter(bundle, options) as segmenter:

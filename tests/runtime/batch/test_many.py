@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from bundles import CommandLine, Ran, head_image, run_process, snapshot, tiny_bundle, tiny_cascade, write_scan
 
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.batch import many
 from edgemuse.runtime.batch.claim import Claim
 from edgemuse.runtime.model.cascade import open_model
 from edgemuse.runtime.network.memory import gib
-from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, open_segmenter
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.cascade import CascadeSegmenter
+from edgemuse.runtime.pipeline.open import open_segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.results.files import PROVENANCE, output_paths
 from edgemuse.runtime.scan.nifti import open_scan
 
@@ -91,7 +92,7 @@ def test_the_next_scan_is_prepared_meanwhile_if_memory_allows(
     request: pytest.FixtureRequest,
 ) -> None:
     bundle = request.getfixturevalue(name)
-    with open_segmenter(bundle, Options(engine=EngineOptions("openvino"))) as segmenter:
+    with open_segmenter(bundle, Options(backend="openvino", precision="fp32", cache_dir=None)) as segmenter:
         plans = [segmenter.plan(open_scan(scan)) for scan in sorted(data.iterdir())]
     heard = threads_of_prepare(monkeypatch, kind)
     assert cli("segment", data, "-m", bundle, "-o", tmp_path / "roomy").code == 0
@@ -389,7 +390,7 @@ def test_a_name_that_is_no_text_fails_alone_or_not_at_all(
 
 def test_an_engine_of_a_stage_that_fails_is_closed(cascade: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it would take memory beside that of the next scan's first stage."""
-    with CascadeSegmenter(open_model(cascade), Options("fast", EngineOptions())) as segmenter:
+    with CascadeSegmenter(open_model(cascade), Options("fast", cache_dir=None)) as segmenter:
         monkeypatch.setattr(segmenter.regions, "_classes", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             segmenter.segment(data / "sub-0_T1w.nii.gz")

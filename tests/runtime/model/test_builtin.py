@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bundles import CommandLine
 
-from edgemuse.runtime.cli import demo
+from edgemuse.runtime.cli import sample
 from edgemuse.runtime.model.builtin import BUILT_IN, SAMPLE_SCAN, SAMPLE_TRUTH
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.results.files import DLMUSE_CSV, NAMES
@@ -36,7 +36,7 @@ def test_the_sample_has_a_truth_in_the_models_numbers(built_in: Bundle) -> None:
     assert np.array_equal(scan.affine, truth.affine)
     indices = {label.index for label in built_in.manifest.labels}
     assert set(np.unique(np.asanyarray(truth.dataobj))) == indices
-    assert {index for structure in demo.SHOWN.values() for index in structure} <= indices
+    assert {index for structure in sample.SHOWN.values() for index in structure} <= indices
 
 
 def test_info_without_a_bundle_is_about_the_built_in_model(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from edgemuse.runtime.model.cascade import CASCADE, Cascade
 from edgemuse.runtime.model.manifest import GateRow
 from edgemuse.runtime.model.precision import choose_engine, verdict
 from edgemuse.runtime.pipeline.cascade import CascadeSegmenter
-from edgemuse.runtime.pipeline.segmenter import Options
+from edgemuse.runtime.pipeline.options import Options
 
 AUTO = EngineOptions(backend="openvino", precision="auto")
 OFFERED = ("fp32", "int8")
@@ -83,8 +83,8 @@ def test_each_network_of_a_cascade_runs_in_what_passed_for_it(passed: tuple[str,
     manifest = json.loads((model / CASCADE).read_text())
     stages = {role: open_bundle(model / role).sha256 for role in Cascade.STAGES}
     (model / CASCADE).write_text(json.dumps(manifest | {"stages": stages}))
-    with CascadeSegmenter(Cascade(model), Options("balanced", AUTO)) as segmenter:
-        found = {role: getattr(segmenter, role).options.engine.precision for role in Cascade.STAGES}
+    with CascadeSegmenter(Cascade(model), Options("balanced", "openvino", cache_dir=None)) as segmenter:
+        found = {role: getattr(segmenter, role).chosen.precision for role in Cascade.STAGES}
     assert found == {role: "int8" if role in passed else "fp32" for role in Cascade.STAGES}
 
 

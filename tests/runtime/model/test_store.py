@@ -16,8 +16,9 @@ from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import open_bundle
 from edgemuse.runtime.model.cascade import Cascade, open_model
-from edgemuse.runtime.model.store import add, entries, find_model, free_place, store_folder
-from edgemuse.runtime.pipeline.cascade import segment
+from edgemuse.runtime.model.folders import store_folder
+from edgemuse.runtime.model.store import add, entries, find_model, free_place
+from edgemuse.runtime.pipeline.open import segment
 
 BUILT_IN_NAME = "edgemuse-t1"
 

@@ -12,13 +12,15 @@ import pytest
 from bundles import CommandLine, head_image, snapshot, tiny_cascade, write_scan, zip_bundle
 
 from edgemuse.engines.errors import BundleError, InputError, MemoryLimitError
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model.cascade import CASCADE, Cascade, open_model
-from edgemuse.runtime.pipeline.cascade import CascadeSegmenter, open_segmenter
-from edgemuse.runtime.pipeline.segmenter import Options, Segmentation, Segmenter
+from edgemuse.runtime.pipeline.cascade import CascadeSegmenter
+from edgemuse.runtime.pipeline.open import open_segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.result import Segmentation
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.regions.labels import Label, to_indices
 
-CPU = Options("reference", EngineOptions("openvino", "fp32"))
+CPU = Options("reference", "openvino", "fp32", cache_dir=None)
 AFFINE = np.array([[0, 0.1, -1.1, 11], [-1.2, 0, 0, -22.5], [0, 1.5, 0.1, 33], [0, 0, 0, 1]])
 """Neither LPS nor 1 mm."""
 
@@ -171,7 +173,7 @@ def test_no_brain(scan: Path, tmp_path: Path) -> None:
 
 def test_too_little_memory(model: Path, scan: Path) -> None:
     with pytest.raises(MemoryLimitError, match="need"):
-        segment(model, scan, Options("reference", EngineOptions("openvino", "fp32"), max_ram=0.01))
+        segment(model, scan, Options("reference", "openvino", "fp32", max_ram=0.01, cache_dir=None))
 
 
 def test_info(model: Path, cli: CommandLine) -> None:
@@ -223,18 +225,18 @@ def test_one_tile_a_stage_where_memory_allows(model: Path, scan: Path, monkeypat
     closed = []
     close = Segmenter.close
     monkeypatch.setattr(Segmenter, "close", lambda self: (closed.append(self), close(self)))
-    with CascadeSegmenter(Cascade(model), Options("fast", EngineOptions("openvino", "fp32"))) as segmenter:
+    with CascadeSegmenter(Cascade(model), Options("fast", "openvino", "fp32", cache_dir=None)) as segmenter:
         found = segmenter.segment(scan)
         assert {segmenter.mask, segmenter.regions} <= set(closed)
     assert [found.provenance["stages"][role]["profile"]["tiles"] for role in ("mask", "regions")] == [1, 1]
-    balanced = segment(model, scan, Options("balanced", EngineOptions("openvino", "fp32")))
+    balanced = segment(model, scan, Options("balanced", "openvino", "fp32", cache_dir=None))
     assert (found.classes == balanced.classes).mean() > 0.98
 
 
 def test_no_more_memory_than_allowed_is_planned_for_large_tiles(model: Path, scan: Path) -> None:
-    with CascadeSegmenter(Cascade(model), Options("fast", EngineOptions("openvino", "fp32"))) as segmenter:
+    with CascadeSegmenter(Cascade(model), Options("fast", "openvino", "fp32", cache_dir=None)) as segmenter:
         least = segmenter.plan(segmenter.segment(scan).scan).total
     for spare in (1.05, 1.5):
         limit = least * spare
-        options = Options("fast", EngineOptions("openvino", "fp32"), max_ram=limit / 2**30)
+        options = Options("fast", "openvino", "fp32", max_ram=limit / 2**30, cache_dir=None)
         assert segment(model, scan, options).provenance["memory"]["planned_bytes"] <= limit

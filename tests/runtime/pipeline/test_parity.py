@@ -15,10 +15,10 @@ pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install '
 
 from edgemuse.bench.measure import scans
 from edgemuse.bench.measure.reference import Reference
-from edgemuse.engines.protocol import EngineOptions
 from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.runtime.model.bundle import open_bundle
-from edgemuse.runtime.pipeline.segmenter import Options, Segmenter
+from edgemuse.runtime.pipeline.options import Options
+from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.regions.agreement import agreement, mean_dice
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -26,7 +26,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with re
 
 
 def segment(bundle, scan, backend="openvino", profile="reference"):
-    with Segmenter(open_bundle(bundle), Options(profile, EngineOptions(backend, "fp32"))) as segmenter:
+    with Segmenter(open_bundle(bundle), Options(profile, backend, "fp32", cache_dir=None)) as segmenter:
         return segmenter.segment(scan).classes
 
 
