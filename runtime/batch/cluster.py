@@ -75,7 +75,7 @@ class Report:
         yield lambda done, total: None
 
     def elsewhere(self, job: Job, seconds: float | None) -> None:
-        """Not from here."""
+        """Nothing to do: the worker's files are shown where the run was started."""
 
     def skipped(self, job: Job) -> None:
         """It is counted."""

@@ -53,7 +53,7 @@ def _in_folder(folder: Path, output: Path) -> list[Job]:
 
 
 def _walk(folder: Path, output: Path) -> Iterator[Path]:
-    """Not into hidden folders, nor into that of the results."""
+    """Possible T1 scans below `folder`, outside hidden folders and outside the folder of results."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).absolute() != output]
         yield from (Path(parent, name) for name in names if may_be_t1(name))

@@ -57,7 +57,7 @@ class Screen(Protocol):
         ...
 
     def waiting(self, count: int) -> None:
-        """So many scans are left, and other processes work on them."""
+        """Other processes work on the `count` scans that are left."""
         ...
 
     def written(self, paths: list[Path]) -> None:
@@ -255,7 +255,7 @@ def is_done(job: Job, wanted: Wanted | None) -> bool:
 
 
 def _other(record: Mapping[str, Any], wanted: Wanted, scan: Path) -> str:
-    """In what the results of `record` differ from those wanted, or nothing."""
+    """What sets the results of `record` apart from those wanted; empty if nothing does."""
     if _sha256(record, "model") != wanted.model:
         return "another model"
     if record.get("asked") != wanted.asked:

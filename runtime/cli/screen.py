@@ -135,7 +135,7 @@ class Screen:
 
 
 def _duration(seconds: float) -> str:
-    """As `4.2 s`, `3 min 20 s` or `2 h 5 min`."""
+    """Seconds as text such as `4.2 s`, `3 min 20 s` or `2 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

@@ -11,9 +11,10 @@ from pathlib import Path
 from edgemuse.engines.errors import BundleError
 
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Others cannot be decompressed piece by piece, so a small file could fill the memory."""
+"""Compression methods that are accepted. Others are not decompressed piece by piece, so a small file could fill the
+memory."""
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-"""The earliest that the format knows: equal bundles shall be equal byte by byte."""
+"""Time of every member, the earliest that the format knows, so that equal bundles are equal byte by byte."""
 READ_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 """What reading from a folder, a damaged zip or a damaged array can raise; NotImplementedError is a RuntimeError."""
 

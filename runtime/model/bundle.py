@@ -39,7 +39,7 @@ class Head:
 
     @property
     def folds(self) -> int:
-        """K."""
+        """Number of folds, K."""
         return 1 if self.fold_bias is None else len(self.fold_bias)
 
 
@@ -55,12 +55,12 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Name of the model."""
         return self.manifest.name
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """Of the classes it gives."""
+        """Labels of the classes that the network gives."""
         return self.manifest.labels
 
     def read(self, name: str) -> bytes:

@@ -105,17 +105,17 @@ class Cascade:
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Name of the model."""
         return self.manifest.name
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """Of the classes it gives."""
+        """Labels of the classes that the cascade gives."""
         fill = self.manifest.fill
         return (*self.regions.labels, *([] if fill is None else [fill]))
 
     def contents(self) -> Iterator[tuple[str, bytes]]:
-        """As of a bundle: `cascade.json` first, then the files of each stage, the stage's folder in the name."""
+        """Name and bytes of every file: `cascade.json` first, then the files of each stage, named with the stage's folder."""
         yield CASCADE, self.manifest_bytes
         for role, bundle in self.bundles.items():
             yield from ((f"{role}/{name}", data) for name, data in bundle.contents())

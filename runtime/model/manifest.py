@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 MAX_FILE_BYTES = 8 << 30
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 STORED_PRECISIONS = ("fp32", "fp16", "int8")
-"""Those with a graph of their own. For bf16 a backend is told to run the fp32 graph so."""
+"""Precisions that have a graph of their own. For bf16 the backend is told to run the fp32 graph in bf16."""
 NormalizationScheme = Literal["zscore", "ct", "rescale01", "rgb01", "none"]
 
 

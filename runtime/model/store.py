@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to say of an entry.
+    """What is known of an entry.
 
     Attributes:
         origin: where it comes from.
@@ -58,7 +58,7 @@ def entries(store: Path) -> list[Entry]:
 
 
 def _is_model(path: Path) -> bool:
-    """Hidden ones are on their way."""
+    """Whether `path` is a model; hidden files are models that are still being copied."""
     return not path.name.startswith(".") and (_is_folder(path) or (path.suffix == ".zip" and path.is_file()))
 
 

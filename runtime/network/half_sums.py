@@ -89,7 +89,7 @@ class HalfSums(Sums):
         self._divide = openvino_half.divider(threads)
 
     def channels(self, features: Features) -> int:
-        """Logits of all folds."""
+        """Number of logits of all folds together."""
         return int(features.shape[-1] if self._head is None else len(self._head.weight))
 
     def add_piece(self, total: Features, features: Features, weights: NDArray[np.float32]) -> None:
@@ -122,5 +122,5 @@ class HalfSums(Sums):
 
 
 def _rows(array: Features) -> Features:
-    """(d, h, w, C) as (n, C)."""
+    """`values` (d, h, w, C) as rows (n, C)."""
     return array.reshape(-1, array.shape[-1])

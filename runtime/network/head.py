@@ -107,7 +107,7 @@ Row: TypeAlias = tuple[Index, Features, NDArray[np.float32] | None]
 
 
 def _rows(blocks: Iterable[Block]) -> Iterator[list[Row]]:
-    """The rows of each block as they are."""
+    """The rows of each block, which need no resampling."""
     for (start, left, near), block in blocks:
         yield [((start + offset, left, near), block[offset : offset + 1], None) for offset in range(len(block))]
         del block

@@ -18,18 +18,18 @@ BASE = 260 << 20
 """Python, the libraries and a backend without a network, measured with OpenVINO."""
 WEIGHT_COPIES = {"int8": 3.0}
 WEIGHT_COPIES_DEFAULT = 4.0
-"""Of the fp32 graph, while one is compiled: as read, as parsed, in the backend's own layout, on its way into the cache.
+"""Copies of the fp32 graph while one is compiled: as read, as parsed, in the backend's own layout, on its way into the cache.
 An int8 graph is a third as large, and its weights pass through fp32."""
 ACTIVATIONS = {("openvino", "int8"): 0.45, ("onnxruntime", "fp16"): 1.7}
 ACTIVATIONS_DEFAULT = 1.0
 """Relative to fp32. ONNX Runtime computes fp16 in fp32 and keeps both, measured at 1.53. In int8 it saves nothing:
 convolutions give fp32. OpenVINO then normalises in place and adds up in place, measured at 0.38."""
 HALF = ("openvino", "int8")
-"""Returns features in half precision."""
+"""The backend and precision that return features in half precision."""
 SPLINE_BYTES = 16
-"""Per voxel while resampling with splines: before and after an axis, float64."""
+"""Bytes per voxel while resampling with splines: float64, before and after an axis."""
 SHARE = 0.9
-"""Of the memory that is free, unless `--max-ram` says otherwise: the rest is for everybody else."""
+"""Share of the free memory that is used unless `--max-ram` says otherwise; the rest is for other programs."""
 
 
 @dataclass(frozen=True)
@@ -135,5 +135,5 @@ def check_memory(scan: Scan, plan: MemoryPlan, max_ram: float | None) -> None:
 
 
 def gib(size: float) -> str:
-    """Bytes as `1.23 GiB`."""
+    """A number of bytes as text such as `1.23 GiB`."""
     return f"{size / 2**30:.2f} GiB"

@@ -27,7 +27,7 @@ Infer = Callable[[NDArray[np.float32]], Features]
 PIECE = 1 << 19
 """Numbers worked on at once: few enough for the caches, and so many that threads do not wait for the interpreter."""
 MOST_VALUES = 1 << 30
-"""In one feature map: libraries count in 32 bits."""
+"""Most numbers in one feature map: libraries count them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _side(size: int, count: int, patch: int, stride: int) -> int:
 
 
 def _spread(shape: Shape, patch: Shape, apart: Sequence[float]) -> TilePlan:
-    """Tiles at most `apart` voxels from one another."""
+    """Plan of tiles that begin at most `apart` voxels from one another."""
     missing = [max(tile - size, 0) for size, tile in zip(shape, patch, strict=True)]
     d, h, w = ((gap // 2, gap - gap // 2) for gap in missing)
     sizes = (max(size, tile) for size, tile in zip(shape, patch, strict=True))
@@ -122,7 +122,7 @@ def mirrored(infer: Infer, axes: Sequence[int]) -> Infer:
 
 Index: TypeAlias = tuple[int, int, int]
 Part: TypeAlias = tuple[slice, slice, slice]
-"""Along depth, height and width."""
+"""Three values, along depth, height and width."""
 
 
 class Sums:
@@ -136,7 +136,7 @@ class Sums:
     """
 
     dtype: DTypeLike = np.float32
-    """Of the sums."""
+    """Type of the sums, and thereby of what is added up."""
 
     def __init__(self, plan: TilePlan, window: NDArray[np.float32], pool: Executor, slabs: bool) -> None:
         self.window, self.pool = window, pool
@@ -214,9 +214,9 @@ def _pieces(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 
 NewSums = Callable[[TilePlan, NDArray[np.float32], Executor, bool], Sums]
-"""As `Sums` is made."""
+"""Makes the sums for an image, as the class `Sums` does."""
 Block: TypeAlias = tuple[Index, Features]
-"""Where it begins, and what it holds, (d, h, w, F)."""
+"""Where a block begins in the image, and its features (d, h, w, F)."""
 
 
 def merge_tiles(

@@ -42,9 +42,9 @@ log = logging.getLogger("edgemuse")
 HEAD_MM = 240.0
 """The most that a padded box around an adult's intracranial volume measures; planned for before the mask is known."""
 PER_STAGE = ("model", "backend", "profile", "postprocess")
-"""What the provenance says of each stage."""
+"""Parts of the provenance that are recorded for each stage."""
 IN_MASK, IN_REGIONS = "mask ", "regions "
-"""Before the names of their stages."""
+"""Prefixes of the names of what is timed, for the two networks."""
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,12 @@ class Segmenter(Pipeline[Loaded]):
 
     @property
     def is_open(self) -> bool:
-        """Whether the engine takes memory."""
+        """Whether the engine is open, and so takes memory."""
         return self._engine is not None
 
     @property
     def threads(self) -> int:
-        """Cores to use beside the engine."""
+        """Processor cores to use for what runs beside the engine."""
         return self.options.threads or cpu_cores()
 
     def close(self) -> None:

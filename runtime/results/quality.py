@@ -31,21 +31,21 @@ ANISOTROPY = 3.0
 ASYMMETRY = 0.15
 """|left - right| over their mean, all pairs of structures together; healthy hemispheres differ by some percent."""
 PAIR_RATIO = 3.0
-"""Larger to smaller side of one pair."""
+"""Ratio of the larger to the smaller side of one pair beyond which they are flagged."""
 PAIR_MM3 = 300.0
 """Pairs whose larger side is smaller are not compared."""
 APART = 0.3
 """Share of a structure outside its largest component."""
 APART_MM3 = 1000.0
-"""Structures that are smaller are not asked for it."""
+"""Structures that are smaller may be in pieces without a flag."""
 AT_ONCE = 4
-"""Structures looked at at once at most: each takes up to two bytes a voxel of the volume."""
+"""Most structures examined at the same time: each takes up to two bytes a voxel of the volume."""
 CONTRAST_TO_NOISE = 8.0
-"""Below it the grain is plain to see."""
+"""Contrast-to-noise ratio below which the noise is plain to see."""
 NOISE = math.sqrt(1 / 42)
 """From six times a voxel less its six neighbours, of variance 36 + 6, to the standard deviation of white noise."""
 NAMED = 5
-"""So many structures are named in an explanation."""
+"""Most structures that an explanation names."""
 FACES = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
 OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 SIDES = {"left": 0, "lh": 0, "l": 0, "right": 1, "rh": 1, "r": 1}
@@ -63,7 +63,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at.
+    """A segmented scan whose quality is assessed.
 
     Attributes:
         shown: (i, j, k) grey values, 0 to 255.
@@ -87,7 +87,7 @@ class Subject:
 
 
 def assess(subject: Subject, threads: int = 1) -> tuple[Flag, ...]:
-    """Every sign that `subject` should be looked at, most general first."""
+    """Every reason to look at `subject` before its result is used, most general first."""
     inside = subject.inside
     if inside is None:
         inside = np.array([label.index > 0 for label in subject.labels])[subject.classes]
@@ -108,7 +108,7 @@ def assess(subject: Subject, threads: int = 1) -> tuple[Flag, ...]:
 
 
 def record(flags: Sequence[Flag]) -> dict[str, Any]:
-    """For the provenance."""
+    """The flags as they stand in the provenance."""
     return {"quality": [asdict(flag) for flag in flags]}
 
 
