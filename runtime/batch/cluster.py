@@ -71,17 +71,17 @@ class Report:
 
     @contextlib.contextmanager
     def scan(self, job: Job) -> Iterator[Progress]:
-        """Nobody watches."""
+        """Progress is not shown: nobody watches a worker."""
         yield lambda done, total: None
 
     def elsewhere(self, job: Job, seconds: float | None) -> None:
-        """Nothing to do: the worker's files are shown where the run was started."""
+        """A worker hands no scan on, so this is never called."""
 
     def skipped(self, job: Job) -> None:
-        """It is counted."""
+        """Nothing is shown: the counts say it."""
 
     def waiting(self, count: int) -> None:
-        """Nobody needs to know."""
+        """Nothing is shown: the process that started the run says it."""
 
     def written(self, paths: list[Path]) -> None:
         """Keep the paths."""

@@ -115,7 +115,7 @@ class Cascade:
         return (*self.regions.labels, *([] if fill is None else [fill]))
 
     def contents(self) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of every file: `cascade.json` first, then the files of each stage, named with the stage's folder."""
+        """Name and bytes of every file: `cascade.json`, then those of each stage, the stage's folder in their names."""
         yield CASCADE, self.manifest_bytes
         for role, bundle in self.bundles.items():
             yield from ((f"{role}/{name}", data) for name, data in bundle.contents())

@@ -18,12 +18,13 @@ BASE = 260 << 20
 """Python, the libraries and a backend without a network, measured with OpenVINO."""
 WEIGHT_COPIES = {"int8": 3.0}
 WEIGHT_COPIES_DEFAULT = 4.0
-"""Copies of the fp32 graph while one is compiled: as read, as parsed, in the backend's own layout, on its way into the cache.
-An int8 graph is a third as large, and its weights pass through fp32."""
+"""Copies of the fp32 graph that exist while it is compiled: as read, as parsed, in the backend's own layout, on its
+way into the cache. An int8 graph is a third as large, and its weights pass through fp32."""
 ACTIVATIONS = {("openvino", "int8"): 0.45, ("onnxruntime", "fp16"): 1.7}
 ACTIVATIONS_DEFAULT = 1.0
-"""Relative to fp32. ONNX Runtime computes fp16 in fp32 and keeps both, measured at 1.53. In int8 it saves nothing:
-convolutions give fp32. OpenVINO then normalises in place and adds up in place, measured at 0.38."""
+"""Bytes of activations relative to fp32. ONNX Runtime computes fp16 in fp32 and keeps both, measured at 1.53. In int8
+it saves nothing, because convolutions give fp32. OpenVINO then normalises in place and adds up in place, measured at
+0.38."""
 HALF = ("openvino", "int8")
 """The backend and precision that return features in half precision."""
 SPLINE_BYTES = 16
