@@ -19,18 +19,9 @@ from scipy.sparse.csgraph import connected_components
 
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.regions.muse import cortical_csf, muse_labels
+from edgemuse.runtime.results.measures import NOISE, apart, contrast_to_noise, faces_mm2, noise, pairs
 from edgemuse.runtime.results.picture import to_bytes
-from edgemuse.runtime.results.quality import (
-    CONTRAST_TO_NOISE,
-    NOISE,
-    Subject,
-    apart,
-    assess,
-    contrast_to_noise,
-    faces_mm2,
-    noise,
-    pairs,
-)
+from edgemuse.runtime.results.quality import CONTRAST_TO_NOISE, Subject, assess
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "t1"
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
