@@ -10,10 +10,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from edgemuse.runtime.network.preprocess import Box, nonzero_box
+from edgemuse.runtime.regions.anatomy import anatomy_of
 from edgemuse.runtime.regions.labels import Label, by_index
 from edgemuse.runtime.results.islands import TOUCHING
 from edgemuse.runtime.scan.geometry import in_memory_order, orientation
@@ -27,6 +29,8 @@ NOISE = math.sqrt(1 / 42)
 """From six times a voxel less its six neighbours, of variance 36 + 6, to the standard deviation of white noise."""
 FACES = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
 OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
+CEREBRUM_FORWARD = 20.0
+"""Degrees, the median of the scans that the limits were set on."""
 SIDES = {"left": 0, "lh": 0, "l": 0, "right": 1, "rh": 1, "r": 1}
 
 
@@ -147,3 +151,52 @@ def _quantile(counts: NDArray[np.int64], share: float) -> float:
     place = share * (int(counts.sum()) - 1)
     low, high = np.searchsorted(counts.cumsum(), (math.floor(place), math.ceil(place)), side="right")
     return float(low + (high - low) * (place % 1))
+
+
+def centre_mm(inside: NDArray[np.bool_], affine: Affine) -> NDArray[np.float64] | None:
+    """Where the middle of `inside` lies, in mm to the right, anterior and superior along the voxels' own axes.
+
+    Each axis counts towards the side of the body that it is closest to, however oblique it is. None if `inside` is
+    empty.
+    """
+    if not inside.any():
+        return None
+    centre = np.zeros(3)
+    for axis, (side, sign) in enumerate(io_orientation(affine)):
+        counts = np.count_nonzero(inside, axis=tuple(other for other in range(3) if other != axis))
+        middle = float(np.average(np.arange(len(counts)), weights=counts))
+        centre[int(side)] = sign * middle * float(np.linalg.norm(affine[:3, axis]))
+    return centre
+
+
+def turned_degrees(classes: Labels, labels: Sequence[Label], affine: Affine) -> float | None:
+    """By how much the brain is turned from where the voxels' axes say that its sides are.
+
+    Two directions are compared with where they point in healthy adults: that from the middle of the left to the middle
+    of the right white matter, and, seen from the side, that from the cerebellum to the white matter of the cerebrum,
+    which points upwards and `CEREBRUM_FORWARD` degrees forward. The larger of the two deviations; None where the labels
+    do not tell these structures or they were not found.
+    """
+    classes, affine = classes[::2, ::2, ::2], affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+    anatomy = anatomy_of(labels)
+    groups = (("white", "left"), ("white", "right"), ("cerebellum", ""), ("white", ""))
+    left, right, back, up = (centre_mm(_of(classes, labels, anatomy.of(*group)), affine) for group in groups)
+    if left is None or right is None or back is None or up is None:
+        return None
+    across, along = right - left, up - back
+    roll = np.degrees(np.arccos(across[0] / max(float(np.linalg.norm(across)), 1e-9)))
+    pitch = np.degrees(np.arctan2(along[1], along[2])) - CEREBRUM_FORWARD
+    return float(max(roll, abs((pitch + 180) % 360 - 180)))
+
+
+def tissue_ratio(shown: NDArray[np.uint8], classes: Labels, labels: Sequence[Label]) -> float | None:
+    """Median grey value of the cerebrum's white matter over that of its cortex; None where either was not found."""
+    shown, classes = shown[::2, ::2, ::2], classes[::2, ::2, ::2]
+    anatomy = anatomy_of(labels)
+    white, grey = (shown[_of(classes, labels, anatomy.of(tissue))] for tissue in ("white", "grey"))
+    return float(np.median(white) / max(float(np.median(grey)), 1.0)) if white.size and grey.size else None
+
+
+def _of(classes: Labels, labels: Sequence[Label], indices: Sequence[int]) -> NDArray[np.bool_]:
+    """Where the structures with `indices` are."""
+    return np.array([label.index in indices for label in labels])[classes]

@@ -12,22 +12,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemuse.runtime.regions.anatomy import Anatomy, anatomy_of
 from edgemuse.runtime.regions.labels import Label, by_index, count_voxels, structure_voxels
 from edgemuse.runtime.regions.muse import is_muse, region_voxels
-from edgemuse.runtime.results.measures import apart, contrast_to_noise, faces_mm2, pairs
+from edgemuse.runtime.results.measures import (
+    apart,
+    contrast_to_noise,
+    faces_mm2,
+    pairs,
+    tissue_ratio,
+    turned_degrees,
+)
 from edgemuse.runtime.scan.geometry import voxel_mm3
 from edgemuse.runtime.scan.types import Affine, Labels, Spacing
 
 CUT_MM2 = 1000.0
 """A slice of 1 mm that only touches a brain (a sphere of 70 mm) shows 440 mm2 of it, the foramen magnum 800."""
+BORDER_MM2 = 100.0
+"""So little of a brain on a face of the volume is no sign that any of it is missing."""
+TURNED = 30.0
+"""Degrees: heads that lie as usual deviate by less, and the labels of a head that is turned by more get worse."""
+WHITE_TO_GREY = 1.05
+"""In T1 white matter is brighter than cortex, by a quarter and more where the contrast is good."""
 ANISOTROPY = 3.0
 """Longest to shortest voxel side beyond which nnU-Net itself treats a scan as made of slices (its ANISO_THRESHOLD)."""
 ASYMMETRY = 0.15
 """|left - right| over their mean, all pairs of structures together; healthy hemispheres differ by some percent."""
 PAIR_RATIO = 3.0
 """Ratio of the larger to the smaller side of one pair beyond which they are flagged."""
-PAIR_MM3 = 300.0
-"""Pairs whose larger side is smaller are not compared."""
+PAIR_MM3 = 1000.0
+"""Pairs whose larger side is smaller are not compared: small ventricles differ that much in healthy adults."""
 APART = 0.3
 """Share of a structure outside its largest component."""
 CONTRAST_TO_NOISE = 8.0
@@ -73,23 +87,33 @@ class Subject:
 
 def assess(subject: Subject, threads: int = 1) -> tuple[Flag, ...]:
     """Every reason to look at `subject` before its result is used, most general first."""
-    inside = subject.inside
-    if inside is None:
-        inside = np.array([label.index > 0 for label in subject.labels])[subject.classes]
-    voxel = voxel_mm3(subject.affine)
-    voxels = structure_voxels(count_voxels(subject.classes, subject.labels), subject.labels)
+    labels, voxel, anatomy = subject.labels, voxel_mm3(subject.affine), anatomy_of(subject.labels)
+    labelled = np.array([label.index > 0 for label in labels])[subject.classes]
+    inside = labelled if subject.inside is None else subject.inside
+    voxels = structure_voxels(count_voxels(subject.classes, labels), labels)
     mm3 = {index: count * voxel for index, count in voxels.items()}
     return (
-        *_field_of_view(
-            faces_mm2(inside, subject.affine), "labelled region" if subject.inside is None else "brain mask"
-        ),
+        *_field_of_view(*_at_the_faces(subject, anatomy)),
         *_volume(np.count_nonzero(inside) * voxel, subject.plausible_mm3),
-        *_missing(mm3, subject.labels),
-        *_fragmented(apart(subject.classes, subject.labels, voxel, threads), subject.labels),
-        *_asymmetric(pairs(mm3, subject.labels)),
+        *_whole(mm3, anatomy, subject.zooms),
+        *_turned(turned_degrees(subject.classes, labels, subject.affine)),
+        *_contrast(tissue_ratio(subject.shown, subject.classes, labels)),
+        *_implausible(mm3, anatomy),
+        *_missing(mm3, labels),
+        *_fragmented(apart(subject.classes, labels, voxel, threads), labels),
+        *_asymmetric(pairs(mm3, labels)),
         *_noisy(contrast_to_noise(subject.shown, inside)),
         *_anisotropic(subject.zooms, subject.spacing),
     )
+
+
+def _at_the_faces(subject: Subject, anatomy: Anatomy) -> tuple[dict[str, float], str]:
+    """How much of the brain lies on each face of the volume, mm2, and what is called so: fluid around it is none."""
+    if subject.inside is not None:
+        return faces_mm2(subject.inside, subject.affine), "brain mask"
+    fluid = anatomy.of("fluid")
+    brain = np.array([label.index > 0 and label.index not in fluid for label in subject.labels])
+    return faces_mm2(brain[subject.classes], subject.affine), "labelled region"
 
 
 def record(flags: Sequence[Flag]) -> dict[str, Any]:
@@ -107,9 +131,9 @@ def _field_of_view(areas: Mapping[str, float], what: str) -> Iterator[Flag]:
     if area >= CUT_MM2:
         text = f"the field of view cuts the {what}: {area:.0f} mm2 of it lie on the {side} face of the volume"
         yield Flag("field of view", text, area, CUT_MM2)
-    elif area > 0:
+    elif area > BORDER_MM2:
         text = f"the {what} touches the {side} face of the volume ({area:.0f} mm2), so some of it may be missing"
-        yield Flag("border", text, area, 0.0)
+        yield Flag("border", text, area, BORDER_MM2)
 
 
 def _volume(mm3: float, plausible: tuple[float, float] | None) -> Iterator[Flag]:
@@ -117,6 +141,47 @@ def _volume(mm3: float, plausible: tuple[float, float] | None) -> Iterator[Flag]
         low, high = plausible
         text = f"an intracranial volume of {mm3 / 1000:.0f} ml is outside {low / 1000:.0f} to {high / 1000:.0f} ml"
         yield Flag("volume", text, mm3, low if mm3 < low else high)
+
+
+def _whole(mm3: Mapping[int, float], anatomy: Anatomy, zooms: Spacing) -> Iterator[Flag]:
+    fluid = anatomy.of("fluid")
+    total = sum(mm3[index] for index in anatomy.structures if index not in fluid)
+    if anatomy.whole_mm3 is not None and not anatomy.whole_mm3[0] <= total <= anatomy.whole_mm3[1]:
+        low, high = anatomy.whole_mm3
+        size = " x ".join(f"{zoom:.3g}" for zoom in zooms)
+        text = (
+            f"a brain of {total / 1000:.0f} ml is outside {low / 1000:.0f} to {high / 1000:.0f} ml: if the scan shows "
+            f"all of it, its header's voxel size of {size} mm is wrong"
+        )
+        yield Flag("volume", text, total, low if total < low else high)
+
+
+def _turned(degrees: float | None) -> Iterator[Flag]:
+    if degrees is not None and degrees > TURNED:
+        text = (
+            f"the brain lies turned by {degrees:.0f} degrees: if it looks upright in the picture's grey values, the "
+            "header's orientation is wrong; if the head was tilted, turn the scan first"
+        )
+        yield Flag("orientation", text, degrees, TURNED)
+
+
+def _contrast(ratio: float | None) -> Iterator[Flag]:
+    if ratio is not None and ratio < WHITE_TO_GREY:
+        text = f"white matter is {ratio:.2f} times as bright as cortex, in T1 it is brighter: is this another contrast?"
+        yield Flag("contrast", text, ratio, WHITE_TO_GREY)
+
+
+def _implausible(mm3: Mapping[int, float], anatomy: Anatomy) -> Iterator[Flag]:
+    """Structures that were not found at all are named as missing."""
+    found = {
+        row: mm3[index]
+        for index, row in anatomy.structures.items()
+        if row.mm3 and mm3[index] and not row.mm3[0] <= mm3[index] <= row.mm3[1]
+    }
+    if found:
+        named = _names([f"{row.name} ({volume / 1000:.1f} ml)" for row, volume in found.items()])
+        text = f"volumes that adults do not have: {named}; check the header's orientation and voxel size"
+        yield Flag("structures", text, float(len(found)), 0.0)
 
 
 def _missing(mm3: Mapping[int, float], labels: Sequence[Label]) -> Iterator[Flag]:

@@ -13,13 +13,27 @@ from bundles import CommandLine, tiny_bundle, tiny_cascade, write_scan
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from nibabel.eulerangles import euler2mat
 from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
+from edgemuse.runtime.model.builtin import BUILT_IN, SAMPLE_SCAN, SAMPLE_TRUTH
+from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.regions.anatomy import anatomy_of, read_table
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.regions.muse import cortical_csf, muse_labels
-from edgemuse.runtime.results.measures import NOISE, apart, contrast_to_noise, faces_mm2, noise, pairs
+from edgemuse.runtime.results.measures import (
+    CEREBRUM_FORWARD,
+    NOISE,
+    apart,
+    contrast_to_noise,
+    faces_mm2,
+    noise,
+    pairs,
+    tissue_ratio,
+    turned_degrees,
+)
 from edgemuse.runtime.results.picture import to_bytes
 from edgemuse.runtime.results.quality import CONTRAST_TO_NOISE, Subject, assess
 
@@ -62,7 +76,7 @@ def test_a_usual_result_is_not_flagged() -> None:
 
 FLAGGED = {
     "field of view": changed(np.s_[:, :, :22], 3),
-    "border": changed(np.s_[30, 25, :], 3),
+    "border": changed(np.s_[24:36, 12:38, :], 3),
     "missing": changed(np.s_[35:45, 20:30, 15:25], 3),
     "fragmented": changed(np.s_[28:32, :, :], 0),
     "asymmetry": changed(np.s_[35:41, 20:30, 15:25], 3),
@@ -96,10 +110,10 @@ def test_nothing_labelled() -> None:
 
 def test_mask_of_a_cascade_is_what_is_looked_at() -> None:
     inside = np.zeros(SHAPE, bool)
-    inside[:, 10:20, 10:20] = True
+    inside[:, 10:30, 10:20] = True
     flags = {flag.name: flag for flag in assess(replace(brain(), inside=inside, plausible_mm3=(1.0, 1e6)))}
     assert set(flags) == {"border"}
-    assert "the brain mask touches the left face of the volume (100 mm2)" in flags["border"].explanation
+    assert "the brain mask touches the left face of the volume (200 mm2)" in flags["border"].explanation
 
 
 def test_regions_that_dlmuse_does_not_report_may_be_missing() -> None:
@@ -229,6 +243,122 @@ def test_noise_of_a_real_scan() -> None:
     assert found is not None
     assert clean > 2 * CONTRAST_TO_NOISE
     assert found < CONTRAST_TO_NOISE
+
+
+WHITE = ("left_cerebral_white_matter", "right_cerebral_white_matter")
+BRAIN = [row for row in read_table() if row.protocol == "FreeSurfer" and row.index]
+
+
+@pytest.fixture(scope="module")
+def sample() -> Subject:
+    """The sample scan with its true labels, which nothing is wrong with."""
+    image, truth = nib.load(SAMPLE_SCAN), np.asanyarray(nib.load(SAMPLE_TRUTH).dataobj)
+    labels = open_bundle(BUILT_IN).labels
+    numbers = np.zeros(max(label.index for label in labels) + 1, np.uint8)
+    numbers[[label.index for label in labels]] = [label.number for label in labels]
+    zooms = tuple(map(float, image.header.get_zooms()))
+    return Subject(to_bytes(image.get_fdata(dtype=np.float32)), numbers[truth], labels, image.affine, zooms, zooms)
+
+
+def with_affine(subject: Subject, change: np.ndarray) -> Subject:
+    affine = change @ subject.affine
+    return replace(subject, affine=affine, zooms=tuple(nib.affines.voxel_sizes(affine)))
+
+
+def test_the_sample_is_not_flagged(sample: Subject) -> None:
+    assert assess(sample) == ()
+
+
+@pytest.mark.parametrize("signs", [(-1, -1, 1), (-1, 1, -1), (1, -1, -1), (1, -1, 1), (1, 1, -1), (-1, -1, -1)])
+def test_a_head_that_lies_otherwise_than_its_header_says(sample: Subject, signs: tuple[int, int, int]) -> None:
+    (flag,) = assess(with_affine(sample, np.diag([*signs, 1.0])))
+    assert flag.name == "orientation"
+    assert flag.measured > 50
+
+
+@pytest.mark.parametrize("codes", ["LPS", "PIR", "SLA", "RAI"])
+@pytest.mark.parametrize("tilt", [0, 20])
+def test_any_storage_order_of_a_head_that_is_right_is_fine(sample: Subject, codes: str, tilt: int) -> None:
+    """And so is a head whose voxels are oblique to the scanner: in the voxels' own axes it lies straight."""
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(sample.affine), nib.orientations.axcodes2ornt(tuple(codes))
+    )
+    affine = sample.affine @ nib.orientations.inv_ornt_aff(turn, sample.classes.shape)
+    moved = [nib.orientations.apply_orientation(volume, turn) for volume in (sample.shown, sample.classes)]
+    turned = replace(
+        with_affine(replace(sample, affine=affine), nib.affines.from_matvec(euler2mat(np.deg2rad(tilt)), [0, 0, 0])),
+        shown=moved[0],
+        classes=moved[1],
+    )
+    assert assess(turned) == ()
+
+
+@given(st.floats(-180, 180), st.sampled_from(["across", "along"]))
+def test_turned_degrees(degrees: float, plane: str) -> None:
+    """Balls for left and right white matter, and a cerebellum that lies as in a head, turned about the middle."""
+    angle, forward = np.deg2rad(degrees), np.deg2rad(CEREBRUM_FORWARD)
+    places = np.array([[-30, 0, 0], [30, 0, 0], [0, -40 * np.sin(forward), -40 * np.cos(forward)]])
+    turn = euler2mat(angle, 0, 0) if plane == "across" else euler2mat(0, 0, angle)
+    labels = [Label(0, 0, "background"), *(Label(n, row.index, row.name) for n, row in enumerate(BRAIN, 1))]
+    numbers = {label.name: label.number for label in labels}
+    classes, grid = np.zeros((60, 60, 60), np.uint8), np.indices((60, 60, 60)) * 2 - 59
+    for name, place in zip((*WHITE, "left_cerebellum_cortex"), places, strict=True):
+        distance = np.linalg.norm(grid - (turn @ place)[:, None, None, None], axis=0)
+        classes[distance < 12] = numbers[name]
+    found = turned_degrees(classes, labels, np.diag([2.0, 2.0, 2.0, 1.0]))
+    assert found == pytest.approx(abs(degrees), abs=4)
+
+
+@pytest.mark.parametrize("factor", [0.65, 0.8, 1.3, 1.5])
+def test_a_wrong_voxel_size(sample: Subject, factor: float) -> None:
+    flags = {flag.name: flag.explanation for flag in assess(with_affine(sample, np.diag([factor] * 3 + [1.0])))}
+    assert flags.keys() - {"structures", "field of view", "border", "fragmented"} == {"volume"}
+    assert f"voxel size of {' x '.join([f'{factor * sample.zooms[0]:.3g}'] * 3)} mm is wrong" in flags["volume"]
+
+
+def test_another_contrast(sample: Subject) -> None:
+    (flag,) = assess(replace(sample, shown=255 - sample.shown))
+    assert flag.name == "contrast"
+    assert flag.measured < 1
+
+
+def test_a_structure_of_no_usual_size(sample: Subject) -> None:
+    numbers = {label.name: label.number for label in sample.labels}
+    classes = sample.classes.copy()
+    classes[(classes == numbers["left_thalamus"]) & (np.arange(classes.shape[2]) % 4 > 0)] = numbers["left_putamen"]
+    flags = {flag.name: flag.explanation for flag in assess(replace(sample, classes=classes))}
+    assert "structures" in flags
+    assert "left_thalamus" in flags["structures"]
+
+
+def test_labels_of_no_known_protocol_have_no_anatomy() -> None:
+    assert anatomy_of(LABELS).structures == {}
+    assert turned_degrees(brain().classes, LABELS, RAS) is None
+    assert tissue_ratio(brain().shown, brain().classes, LABELS) is None
+
+
+def test_freesurfers_own_names_are_known() -> None:
+    """Of FreeSurferColorLUT.txt, as far as they share a word with ours."""
+    rows = [(2, "Left-Cerebral-White-Matter"), (41, "Right-Cerebral-White-Matter"), (3, "Left-Cerebral-Cortex")]
+    rows += [(42, "Right-Cerebral-Cortex"), (8, "Left-Cerebellum-Cortex"), (47, "Right-Cerebellum-Cortex")]
+    rows += [(10, "Left-Thalamus-Proper"), (11, "Left-Caudate"), (12, "Left-Putamen"), (16, "Brain-Stem")]
+    labels = [Label(number, index, name) for number, (index, name) in enumerate([(0, "Unknown"), *rows])]
+    assert sorted(anatomy_of(labels).structures) == sorted(index for index, _ in rows)
+    swapped = [replace(label, name=label.name.replace("Left", "Right")) for label in labels]
+    assert anatomy_of(swapped).structures == {}
+
+
+def test_muse_is_known() -> None:
+    anatomy = anatomy_of((*muse_labels(), cortical_csf(152)))
+    assert {anatomy.structures[index].protocol for index in anatomy.structures} == {"MUSE"}
+    assert len(anatomy.of("white", "left")) == len(anatomy.of("white", "right")) == 4
+    assert anatomy.of("fluid") == [1, 46]
+
+
+def test_the_table_is_of_ranges() -> None:
+    for row in read_table():
+        assert row.mm3 is None or 0 < row.mm3[0] < row.mm3[1]
+        assert row.tissue in ("", "white", "grey", "cerebellum", "fluid")
 
 
 @pytest.mark.parametrize("make", [tiny_bundle, tiny_cascade])
