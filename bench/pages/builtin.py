@@ -1,4 +1,6 @@
-"""How good the built-in model is: `python -m edgemuse.bench.pages.builtin SHARED --held-out FOLDER -o docs/model.md`.
+"""How good the built-in model is.
+
+`python -m edgemuse.bench.pages.builtin SHARED --held-out FOLDER -o docs/measured/model.md`
 
 FOLDER holds scans with known truth, which `python -m edgemuse.training.sample LABELMAPS -o FOLDER --held-out` makes.
 The development model of SHARED is measured beside it, which needs PyTorch.
@@ -272,7 +274,7 @@ def report(
     return "\n".join(lines)
 
 
-INTRODUCTION = f"""<!-- Written by: python -m edgemuse.bench.pages.builtin SHARED --held-out FOLDER -o docs/model.md -->
+INTRODUCTION = f"""<!-- Written by: python -m edgemuse.bench.pages.builtin -->
 
 # The built-in model, measured
 

@@ -1,4 +1,6 @@
-"""A whole cascade of DLMUSE's size on a whole head: `python -m edgemuse.bench.pages.cascade SHARED -o docs/cascade.md`.
+"""A whole cascade of DLMUSE's size on a whole head.
+
+`python -m edgemuse.bench.pages.cascade SHARED -o docs/measured/cascade.md`
 
 Both networks have DLMUSE's plans, DLICV being of the same family, and random weights, because upstream's may not be
 passed on. So that the mask is a brain all the same, all but the brain that the built-in model finds is darkened in
@@ -199,7 +201,7 @@ def report(shape: tuple[int, int, int], ours: Mapping[Setting, Mapping[str, Any]
     size = " x ".join(map(str, shape))
     first = ours[settings[0]]
     rows = [
-        "<!-- Written by: python -m edgemuse.bench.pages.cascade SHARED -o docs/cascade.md -->",
+        "<!-- Written by: python -m edgemuse.bench.pages.cascade SHARED -o docs/measured/cascade.md -->",
         "# A cascade of DLMUSE's size on a whole head",
         "",
         f"A mask network of two classes and a region network of 152, both with DLMUSE's plans; a head of {size} voxels "

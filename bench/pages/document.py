@@ -1,4 +1,6 @@
-"""The benchmark that README quotes: `python -m edgemuse.bench.pages.document SHARED --work DIR -o docs/benchmark.md`.
+"""The benchmark that README quotes.
+
+`python -m edgemuse.bench.pages.document SHARED --work DIR -o docs/measured/benchmark.md`
 
 Four reports, in DIR, which can be interrupted and gone on with: the development model and the built-in one on the T1
 scans of SHARED, the development model run by everything that can run it, and DLMUSE's network with random weights.
@@ -21,7 +23,7 @@ from edgemuse.bench.pages.performance_report import parts_of
 from edgemuse.bench.report.report import METHOD, Section, pictures, sections, to_markdown
 from edgemuse.runtime.results.files import write_files
 
-COMMAND = "python -m edgemuse.bench.pages.document ../shared --work DIR -o docs/benchmark.md"
+COMMAND = "python -m edgemuse.bench.pages.document ../shared --work DIR -o docs/measured/benchmark.md"
 LARGEST_PICTURE = 200_000
 """Bytes."""
 

@@ -1,4 +1,4 @@
-"""The accuracy gate on real scans: `python -m edgemuse.bench.pages.gate SHARED -o docs/gate.md`.
+"""The accuracy gate on real scans: `python -m edgemuse.bench.pages.gate SHARED -o docs/measured/gate.md`.
 
 Both trained networks are calibrated as `edgemuse calibrate` does it: on one T1 of SHARED, and judged on the others.
 """
@@ -21,7 +21,7 @@ from edgemuse.runtime.cli.describe import GATE_HEADER, gate_cells
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 
-INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.gate SHARED -o docs/gate.md -->
+INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.gate SHARED -o docs/measured/gate.md -->
 # The accuracy gate on real scans
 
 What `edgemuse calibrate MODEL --data SHARED/data/t1` stores in a bundle and `edgemuse info` shows, for both trained

@@ -1,4 +1,4 @@
-"""Many scans at once: `python -m edgemuse.bench.pages.many SHARED -o docs/many.md`.
+"""Many scans at once: `python -m edgemuse.bench.pages.many SHARED -o docs/measured/many.md`.
 
 Makes a BIDS dataset of 26 scans out of the T1 scans in SHARED (several orientations and spacings; two files are
 damaged) and segments it with `edgemuse bids`: by one process, by two that share the folder of results, by one that is
@@ -299,7 +299,7 @@ def main(shared: Path, output: Path, model: Path, profile: str, precision: str) 
 def report(rows: list[Row], good: int, damaged: int, what: str) -> str:
     """The table, and what it says."""
     lines = [
-        "<!-- Written by: python -m edgemuse.bench.pages.many SHARED -o docs/many.md -->",
+        "<!-- Written by: python -m edgemuse.bench.pages.many SHARED -o docs/measured/many.md -->",
         "# Many scans",
         "",
         "A BIDS dataset made of three T1 scans in several orientations and spacings, segmented with `edgemuse bids`.",

@@ -1,4 +1,4 @@
-"""Label parity with nnU-Net's own predictor: `python -m edgemuse.bench.pages.parity SHARED -o docs/parity.md`.
+"""Label parity with nnU-Net's own predictor: `python -m edgemuse.bench.pages.parity SHARED -o docs/measured/parity.md`.
 
 Every case segments one scan four ways: nnU-Net as it is, which adds up its tiles in half precision; edgemuse's
 `reference` profile, which does the same; its `balanced` profile, which adds up features in float32; and nnU-Net's steps
@@ -174,7 +174,7 @@ def main(shared: Path, output: Path, only: str) -> None:
     raise SystemExit(0 if all(result.passed for result in results) else 1)
 
 
-INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.parity SHARED -o docs/parity.md -->
+INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.parity SHARED -o docs/measured/parity.md -->
 
 # Parity with nnU-Net's predictor
 
@@ -187,7 +187,7 @@ in float64, which judges the others.
 - *reached*: as many voxels agree as is asked, mean Dice is at least 0.999, half precision explains every difference
   that is left, and `balanced` agrees with the judge in as many voxels as is asked and as nnU-Net does.
 - *explained*: share of the voxels in which `reference` and nnU-Net differ where the exact logits of the two labels are
-  closer together than half-precision sums may be off (`half_precision_error` in `bench/reference.py`).
+  closer together than half-precision sums may be off (`half_precision_error` in `bench/measure/reference.py`).
 - *= float64*: share of voxels with the judge's label. `balanced` does not mirror, so it is left out where nnU-Net does.
 
 What is left between `reference` and nnU-Net is the order in which convolutions add up float32 numbers, which tips a

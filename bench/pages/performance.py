@@ -1,6 +1,6 @@
 """Time, memory and accuracy of every way to run a network.
 
-`python -m edgemuse.bench.pages.performance SHARED -o docs/performance.md`
+`python -m edgemuse.bench.pages.performance SHARED -o docs/measured/performance.md`
 
 Every run is a process of its own, measured from its start to its end, with its files on disk. The first run of a system
 finds no compiled engine; the later ones, interleaved with all other systems, do. What a run gave is appended to a file

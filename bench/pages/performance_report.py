@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from edgemuse.bench.measure.rows import Row
 
-INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.performance ../shared -o docs/performance.md -->
+INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.performance -->
 # Performance
 
 Every run is a process of its own, from its start to its files on disk. *Time*: median of the runs that found a

@@ -1,6 +1,6 @@
 """TensorRT-RTX engines, built without a GPU.
 
-`python -m edgemuse.bench.pages.tensorrt_builds SHARED -o docs/tensorrt.md`
+`python -m edgemuse.bench.pages.tensorrt_builds SHARED -o docs/measured/tensorrt.md`
 
 DLMUSE's network (its plans, random weights) and the built-in model, in fp32, fp16 and int8, for several compute
 capabilities: built or why not, size, seconds, memory. Each build is a process of its own. Then what is said where
@@ -50,53 +50,10 @@ graph, shape, precision, capability, folder = sys.argv[1:]
 print(json.dumps(build_one(Path(graph).read_bytes(), tuple(json.loads(shape)), precision, capability, Path(folder))))
 """
 TEXT = """<!-- Written by: python -m edgemuse.bench.pages.tensorrt_builds -->
-# TensorRT
+# TensorRT engines, built without a GPU
 
-For NVIDIA GPUs. `pip install "edgemuse[tensorrt]"` brings TensorRT-RTX and cuda-python; then `edgemuse devices` says
-whether the GPU and its driver will do. `auto` takes the GPU only where `edgemuse tune` found it to be the fastest. If
-the GPU fails or runs out of memory, the CPU takes over once; stderr and `instead_of` in the provenance say so. What
-was named, by `--backend` or `--device`, is not replaced: then it is an error.
-
-NVIDIA's `tensorrt` 10 or 11 runs by the same code where `tensorrt_rtx` is not installed, for GPUs that TensorRT-RTX
-does not know. It comes from NVIDIA's own package index and builds only for the GPU that it finds. The provenance
-records which of the two ran. Of several GPUs the first is used; `CUDA_VISIBLE_DEVICES` chooses another.
-
-## Ahead of time
-
-On any machine, no GPU needed:
-
-```
-edgemuse build dlmuse.bundle --compute-capability 8.6 -o engines
-```
-
-On the machine with the GPU, which finds them in that folder:
-
-```
-EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz --model dlmuse.bundle -o out
-```
-
-An engine is found by the hash of its graph, the versions of edgemuse and TensorRT-RTX, compute capability, precision
-and tile shape. Engines of TensorRT-RTX are bound to nothing else; those of `tensorrt` also to the GPU's model, its
-driver and the operating system. One that is damaged or does not load is built again, and stderr says why. The file is
-the engine as the library made it, after 32 bytes of SHA-256. TensorRT-RTX compiles kernels when an engine first runs;
-they are kept in the same folder, for the next start.
-
-## Precision
-
-Networks are strongly typed: the graph says what is fp32, fp16 or int8. edgemuse compares that with what was asked
-for, and switches TF32 off, so that fp32 is fp32. Weights that a bundle stores in half precision and casts back are
-taken as they are: the built-in model's are. Tile shapes are fixed when an engine is built.
-
-Compute capability 7.5 (Turing): TensorRT-RTX has no fp32 convolutions in 3D for it. fp16 builds, and so does int8 if
-all that is not quantised is fp16, which takes scales in fp16 and opset 19.
-
-## What was tested
-
-- Engines of the real TensorRT-RTX, below: parsed and built, not run.
-- Running them, choosing the GPU, falling back and every failure: over fakes of CUDA, of `tensorrt_rtx` 1 and of
-  `tensorrt` 10 and 11, which check the order of calls, the size of every buffer and the numbers that come out
-  (`python -m pytest tests/engines/test_tensorrt.py tests/runtime/test_build.py`).
-- Not tested: anything on a real GPU, so neither speed nor accuracy; the real `tensorrt`; Windows and ARM.
+Parsed and built by the real TensorRT-RTX, for several compute capabilities, but not run: nothing here was measured on a
+GPU. [GPUs](../guide/gpus.md) says how to install and use TensorRT.
 
 ## Engines
 
