@@ -59,8 +59,8 @@ class Part:
 
 
 PARTS = {
-    "dev": Part("Development model", cases.development, 3),
-    "builtin": Part("Built-in model", cases.built_in, 3),
+    "development": Part("Development model", cases.development, 3),
+    "built-in": Part("Built-in model", cases.built_in, 3),
     "dlmuse": Part("DLMUSE's network, random weights", cases.dlmuse, 1),
 }
 
@@ -279,7 +279,7 @@ def main(shared: Path, output: Path, work: Path, names: tuple[str, ...], built_i
     """Measure every system on three networks, one after the other."""
     for name in names:
         place = Workplace(work / name, state())
-        text = measured(name, shared, place, built_in_folder if name == "builtin" else None)
+        text = measured(name, shared, place, built_in_folder if name == "built-in" else None)
         parts = parts_of(output.read_text(encoding="utf-8") if output.exists() else "") | {PARTS[name].title: text}
         known = {part.title: parts[part.title] for part in PARTS.values() if part.title in parts}
         place.publish(output, parted("performance", "Performance", INTRODUCTION, known))

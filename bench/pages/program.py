@@ -19,6 +19,8 @@ from edgemuse.runtime.results.files import read_record, write_file, write_files
 SHARED = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+WORK = Path(platformdirs.user_cache_dir("edgemuse", appauthor=False), "pages")
+"""Where programs keep what they make, each in a folder of its own, unless they are told otherwise."""
 STATE, KEPT, ROWS = "state.json", "kept", "rows.jsonl"
 """In the folder of a program: the state that it measures in, the folder of all else, and in that what it measured."""
 Program = TypeVar("Program", bound=Callable[..., Any])
@@ -29,17 +31,12 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
-def work_folder(page: str) -> Path:
-    """Where a program keeps what it makes, unless it is told otherwise."""
-    return Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "pages" / page
-
-
 def page_options(page: str) -> Callable[[Program], Program]:
     """The argument SHARED and the options `-o` and `--work` of the program that writes `page`."""
 
     def decorate(program: Program) -> Program:
         for option in (
-            click.option("--work", type=FOLDER, default=work_folder(page), help="Folder for what is made on the way; "
+            click.option("--work", type=FOLDER, default=WORK / page, help="Folder for what is made on the way; "
                          "an interrupted run goes on there.  [default: in the user's cache]"),
             click.option("-o", "--output", type=FILE, callback=_writable, default=MEASURED / f"{page}.md",
                          show_default=True, help="Markdown file to write."),

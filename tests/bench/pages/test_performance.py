@@ -158,11 +158,11 @@ def test_a_part_is_written_into_the_page(
         self.row(self.systems[0], self.case.timed, 0)
 
     monkeypatch.setattr(Bench, "run_all", run_all)
-    monkeypatch.setitem(PARTS, "builtin", Part("Built-in model", lambda *arguments: case, 1))
+    monkeypatch.setitem(PARTS, "built-in", Part("Built-in model", lambda *arguments: case, 1))
     monkeypatch.setattr(performance, "summarise", lambda bench: [])
     monkeypatch.setattr(performance, "peaks", dict)
     monkeypatch.setattr(performance, "state", lambda: {"commit": "abc", "machine": MACHINE, "versions": {}})
-    arguments = [str(tmp_path), "-o", str(page), "--work", str(tmp_path / "other"), "--part", "builtin"]
+    arguments = [str(tmp_path), "-o", str(page), "--work", str(tmp_path / "other"), "--part", "built-in"]
     for folder in (tmp_path / "m", None):
         done = CliRunner().invoke(performance.main, [*arguments, *(["--built-in-folder", str(folder)] * bool(folder))])
         assert done.exit_code == 0, done.output
