@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from edgemuse.bench.measure import scans
-from edgemuse.bench.measure.models import development_bundle, dlmuse_scan, random_dlmuse
+from edgemuse.bench.measure.models import Progress, development_bundle, dlmuse_scan, exported, made, random_dlmuse
 from edgemuse.calibration.calibrate import Work
 from edgemuse.calibration.half import half_precision
 from edgemuse.calibration.quantise import quantise
 from edgemuse.calibration.scans import Source, calibration_patches
-from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.export.writer import write_bundle
-from edgemuse.runtime.model.builtin import BUILT_IN
+from edgemuse.runtime.model.builtin import BUILT_IN, SAMPLE_SCAN
 from edgemuse.runtime.model.bundle import open_bundle
 
-SAMPLE = BUILT_IN.with_name("sample_T1w.nii.gz")
-"""Synthetic, so it is none of the scans that are measured: trained networks are calibrated on it."""
+SMALL_RAM = "2.1"
+"""GiB, for `fast` in int8 on a machine with little memory: less than is planned for one pass."""
 CORNER = 64
 """Voxels along each side of what random weights are calibrated on: NNCF keeps every activation."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,23 +49,20 @@ class Case:
 
 def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
     """DLMUSE's plans and classes, random weights, mirroring allowed as DLMUSE allows it; a real T1, cropped."""
-    folder = work / "model"
-    if not folder.exists():
-        shutil.rmtree(work / "part", ignore_errors=True)  # of a run that was interrupted
-        random_dlmuse(shared, work / "part", mirror_axes=(0, 1, 2)).rename(folder)
-    (work / "scan").mkdir(exist_ok=True)
-    scan = dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
-    plain = work / "fp32.bundle"
-    if not plain.exists():
-        export_model(folder, plain, ExportOptions(orientation="LPS", progress=progress))
+    folder = made(work / "model", partial(random_dlmuse, shared, mirror_axes=(0, 1, 2)))
+    scan = dlmuse_scan(shared, work)
+    plain = exported(folder, work / "fp32.bundle", progress=progress)
     bundle = _all_precisions(plain, work / "all.bundle", scan, progress, CORNER)
     unmirrored = without_mirroring(bundle, work / "unmirrored.bundle")
     return Case("DLMUSE's network, random weights", bundle, folder, scan, unmirrored=unmirrored)
 
 
 def trained(name: str, plain: Path, folder: Path | None, shared: Path, work: Path, progress: Progress) -> Case:
-    """The trained network of the bundle `plain`, on a scan with truth and two without."""
-    bundle = _all_precisions(plain, work / "all.bundle", SAMPLE, progress)
+    """The trained network of the bundle `plain`, on a scan with truth and two without.
+
+    It is calibrated on the sample scan, which is synthetic, so none of those.
+    """
+    bundle = _all_precisions(plain, work / "all.bundle", SAMPLE_SCAN, progress)
     timed, truth, *others = (
         scans.reoriented(_t1(shared, scan), work / f"{scan}.nii.gz", "LPS")  # nnU-Net takes voxels as they are stored
         for scan in ("vxm_T1w", "vxm_dseg", "chris_T1w", "crop_T1w")
@@ -83,9 +76,9 @@ def development(shared: Path, work: Path, progress: Progress) -> Case:
     return trained("development model", plain, shared / "data" / "devmodel", shared, work, progress)
 
 
-def built_in(shared: Path, work: Path, progress: Progress, folder: Path | None = None) -> Case:
-    """The built-in model; `folder` is what it was exported from."""
-    return trained("built-in model", BUILT_IN, folder, shared, work, progress)
+def built_in(shared: Path, work: Path, progress: Progress) -> Case:
+    """The built-in model."""
+    return trained("built-in model", BUILT_IN, None, shared, work, progress)
 
 
 def _all_precisions(plain: Path, output: Path, scan: Path, progress: Progress, side: int | None = None) -> Path:

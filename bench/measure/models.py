@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -20,13 +20,30 @@ DLMUSE_SHAPE = (163, 214, 155)
 """Of a T1 that was cropped to the brain, at 1 mm."""
 
 
-def development_bundle(shared: Path, work: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The trained development model with FreeSurfer's numbers, exported once into `work`."""
-    folder, bundle = shared / "data" / "devmodel", work / "dev.bundle"
+Progress: TypeAlias = Callable[[str], None]
+
+
+def made(target: Path, make: Callable[[Path], object]) -> Path:
+    """`target`, if it is not there yet made by `make` beside it and then renamed: it is whole or absent."""
+    if not target.exists():
+        part = target.with_name(f"{target.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was interrupted
+        make(part)
+        part.rename(target)
+    return target
+
+
+def exported(folder: Path, bundle: Path, labels: Path | None = None, progress: Progress = lambda _: None) -> Path:
+    """The model folder as a bundle, exported once."""
     if not bundle.exists():
-        options = ExportOptions(orientation="LPS", labels=folder / "labels.tsv", progress=progress)
-        export_model(folder, bundle, options)
+        export_model(folder, bundle, ExportOptions(orientation="LPS", labels=labels, progress=progress))
     return bundle
+
+
+def development_bundle(shared: Path, work: Path, progress: Progress = lambda _: None) -> Path:
+    """The trained development model with FreeSurfer's numbers, exported once into `work`."""
+    folder = shared / "data" / "devmodel"
+    return exported(folder, work / "dev.bundle", folder / "labels.tsv", progress)
 
 
 def parity_models(shared: Path, work: Path) -> dict[str, Path]:
@@ -47,19 +64,11 @@ def random_dlmuse(shared: Path, folder: Path, mirror_axes: tuple[int, ...] | Non
     return random_model(facts / "plans.json", facts / "dataset.json", 152, folder, mirror_axes=mirror_axes)
 
 
-def prepare_dlmuse(shared: Path, work: Path) -> tuple[Path, Path, Path]:
-    """Model folder, bundle and scan, a T1 cropped to the brain, of DLMUSE's network with random weights, in `work`."""
-    folder = random_dlmuse(shared, work / "model")
-    bundle = export_model(folder, work / "dlmuse.bundle", ExportOptions(orientation="LPS"))
-    (work / "scan").mkdir()
-    return folder, bundle, dlmuse_scan(shared, work / "scan" / "brain_T1w.nii.gz")
-
-
-def dlmuse_scan(shared: Path, target: Path) -> Path:
-    """A real T1 of `DLMUSE_SHAPE` at 1 mm, LPS."""
-    source, upright = shared / "data" / "t1" / "crop_T1w.nii.gz", target.parent.parent / "upright.nii.gz"
-    scans.reoriented(source, upright, "LPS")
-    return scans.centre_crop(upright, target, DLMUSE_SHAPE)
+def dlmuse_scan(shared: Path, work: Path) -> Path:
+    """A real T1 of `DLMUSE_SHAPE` at 1 mm, LPS, alone in a folder in `work`."""
+    upright = scans.reoriented(shared / "data" / "t1" / "crop_T1w.nii.gz", work / "upright.nii.gz", "LPS")
+    (work / "scan").mkdir(exist_ok=True)
+    return scans.centre_crop(upright, work / "scan" / "brain_T1w.nii.gz", DLMUSE_SHAPE)
 
 
 def random_model(

@@ -24,16 +24,26 @@ KINDS = ("run", "batch", "accuracy", "installed", "scaling", "mlperf")
 REQUIRED = ("kind", "system", *CONTEXT)
 
 
+def state(**versions: str) -> Row:
+    """What figures depend on besides the model; `versions` are those of packages that `PACKAGES` does not name."""
+    known = {"python": platform.python_version()} | dict(_versions())
+    return {"commit": commit(), "machine": machine(), "versions": known | versions}
+
+
+def machine_text(row: Row) -> str:
+    """The machine in the state `row`, for people."""
+    machine = row["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}"
+
+
+def versions_text(row: Row) -> str:
+    """The versions in the state `row`, for people."""
+    return ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+
+
 def context(threads: int | None, bundle_sha256: str) -> Row:
     """The fields of `CONTEXT` here and now."""
-    return {
-        "commit": commit(),
-        "machine": machine(),
-        "cpu_flags": cpu_flags(),
-        "versions": {"python": platform.python_version()} | dict(_versions()),
-        "threads": threads,
-        "bundle_sha256": bundle_sha256,
-    }
+    return state() | {"cpu_flags": cpu_flags(), "threads": threads, "bundle_sha256": bundle_sha256}
 
 
 def _versions() -> Iterable[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""Copies of a scan that put one thing to the test each: spacing, orientation, obliqueness, field of view."""
+"""Copies of a scan that put one thing to the test each: spacing, orientation, field of view, intensities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,37 @@ def centre_crop(path: Path, target: Path, shape: tuple[int, int, int]) -> Path:
     return _save(data[tuple(sides)], affine, target)
 
 
+def changed(path: Path, target: Path, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Path:
+    """The same grid with other intensities."""
+    image: Any = nib.load(path)
+    return save(change(np.asanyarray(image.dataobj).astype(np.float32)), path, target)
+
+
+def rician(image: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Intensities with noise of `share` of their 99th percentile, wherever they are not 0."""
+    rng, scale = np.random.default_rng(0), share * np.percentile(image[image > 0], 99)
+    real, imaginary = (rng.normal(0, scale, image.shape) for _ in range(2))
+    noisy: NDArray[np.float32] = np.where(image > 0, np.hypot(image + real, imaginary), 0).astype(np.float32)
+    return noisy
+
+
+def bias_field(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Intensities multiplied by a smooth field from 0.5 to 2 across the volume."""
+    ramps = np.meshgrid(*(np.linspace(-1, 1, size) for size in image.shape), indexing="ij", sparse=True)
+    field = np.exp(np.log(2) * (0.5 * ramps[0] + 0.3 * ramps[1] - 0.5 * ramps[2] ** 2 + 0.3 * ramps[1] * ramps[2]))
+    biased: NDArray[np.float32] = (image * field).astype(np.float32)
+    return biased
+
+
+def lowest_quarter_cut(path: Path, target: Path) -> Path:
+    """Without the lowest quarter of what is not 0, LPS."""
+    image: Any = nib.load(reoriented(path, target, "LPS"))
+    used = np.flatnonzero(np.asanyarray(image.dataobj).any(axis=(0, 1)))
+    first = int(used[0] + (used[-1] - used[0]) // 4)
+    nib.save(image.slicer[:, :, first:], target)
+    return target
+
+
 def save(data: NDArray[Any], like: Path, target: Path) -> Path:
     """`data` on the voxel grid of the scan `like`."""
     nifti: Any = nib.load(like)
@@ -64,9 +96,13 @@ def save(data: NDArray[Any], like: Path, target: Path) -> Path:
 
 
 def labels_of(path: Path) -> NDArray[np.int64]:
-    """Voxels of a label map."""
-    nifti: Any = nib.load(path)
-    labels: NDArray[np.int64] = np.asanyarray(nifti.dataobj).astype(np.int64)
+    """Voxels of the label map at `path`."""
+    return numbers(nib.load(path))
+
+
+def numbers(image: Any) -> NDArray[np.int64]:
+    """Voxels of a label map that was loaded."""
+    labels: NDArray[np.int64] = np.asanyarray(image.dataobj).astype(np.int64)
     return labels
 
 

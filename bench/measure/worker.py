@@ -35,8 +35,8 @@ Segment = Callable[[Path], dict[str, Any]]
 class Job:
     """What to run.
 
-    `system` is a name as in `bench/systems.py`; `reference` the nnU-Net model folder, its folds and the checkpoint's
-    name, and `graph` the network with logits out, for the systems that need them; `started` the parent's
+    `system` is a name as in `bench/measure/systems.py`; `reference` the nnU-Net model folder, its folds and the
+    checkpoint's name, and `graph` the network with logits out, for the systems that need them; `started` the parent's
     `perf_counter` as it starts the process: the clock is the system's, not the process's.
     """
 

@@ -1,4 +1,4 @@
-"""A whole cascade of DLMUSE's size on a whole head: `python -m edgemuse.bench.pages.cascade SHARED -o docs/cascade.md`.
+"""A whole cascade of DLMUSE's size on a whole head.
 
 Both networks have DLMUSE's plans, DLICV being of the same family, and random weights, because upstream's may not be
 passed on. So that the mask is a brain all the same, all but the brain that the built-in model finds is darkened in
@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 import click
 import nibabel as nib
@@ -28,19 +29,21 @@ import numpy as np
 import torch
 
 from edgemuse.bench.measure import scans
-from edgemuse.bench.measure.models import random_dlmuse, random_model, save_fold
+from edgemuse.bench.measure.cases import SMALL_RAM
+from edgemuse.bench.measure.models import exported, random_dlmuse, random_model, save_fold
 from edgemuse.bench.measure.process import Run, measure
-from edgemuse.bench.measure.rows import commit
+from edgemuse.bench.measure.rows import state
 from edgemuse.bench.measure.uncalibrated import to_int8
-from edgemuse.bench.pages.performance import SMALL_RAM
+from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.program import Workplace, page_options, say
 from edgemuse.calibration.calibrate import Work
-from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
+from edgemuse.engines.hardware import peak_memory
 from edgemuse.export.cascade import manifest_of
 from edgemuse.export.checkpoint import read_checkpoint
-from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.export.writer import write_bundle, write_cascade
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
+from edgemuse.runtime.model.cascade import open_model
 from edgemuse.runtime.pipeline.crop import masked_crop, padded_box
 from edgemuse.runtime.pipeline.open import segment
 from edgemuse.runtime.results.islands import largest_component
@@ -52,17 +55,31 @@ from pathlib import Path
 from edgemuse.bench.pages.cascade import nnunet_steps
 Path(sys.argv[4]).write_text(json.dumps(nnunet_steps(*map(Path, sys.argv[1:4]))))
 """
+REPEATS = 3
+"""Runs that count, after one that does not."""
+GOAL_BYTES = 2e9
+"""What `fast` in int8 may take where `--max-ram` asks for little memory."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cascade is run: profile, precision, `--max-ram` in GiB or nothing, and how often after the first run."""
+
+    profile: str
+    precision: str
+    max_ram: str = ""
+    repeats: int = REPEATS
+
+    @property
+    def title(self) -> str:
+        """The head of its column."""
+        return f"edgemuse `{self.profile}` {self.precision}" + (f", `--max-ram {self.max_ram}`" * bool(self.max_ram))
+
+
+SMALL = Setting("fast", "int8", SMALL_RAM)
+SETTINGS = (Setting("reference", "fp32", repeats=1), Setting("balanced", "int8"), Setting("fast", "int8"), SMALL)
 LEAST = 0.1
 """What the channel that is handed on must exceed inside the mask; outside it is below 0."""
-GOAL_SECONDS, GOAL_BYTES = 8.0, 2e9
-Setting: TypeAlias = tuple[str, str, str]
-"""Profile, precision and `--max-ram` in GiB, or nothing."""
-SETTINGS: tuple[Setting, ...] = (
-    ("reference", "fp32", ""),
-    ("balanced", "int8", ""),
-    ("fast", "int8", ""),
-    ("fast", "int8", SMALL_RAM),
-)
 LINEAR = 4
 """Added after a normalisation: what the next leaky ReLU gets is then above 0."""
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "postprocess", "crop", "paste", "quality", "write")
@@ -70,11 +87,10 @@ STAGES = ("load", "preprocess", "engine", "infer", "restore", "postprocess", "cr
 
 def darkened(scan: Path, target: Path) -> Path:
     """`scan` with the largest part that the built-in model labels at 950 to 1050, and all else at 0 to 30."""
-    nifti: Any = nib.load(scan)
-    data = np.asanyarray(nifti.dataobj).astype(np.float32)
     brain = largest_component(segment(scan, BUILT_IN).classes > 0)
-    share = data / data.max()
-    return scans.save(np.where(brain, 950 + 100 * share, 30 * share), scan, target)
+    return scans.changed(
+        scan, target, lambda image: np.where(brain, 950 + 100 * image / image.max(), 30 * image / image.max())
+    )
 
 
 def hand_on(folder: Path) -> None:
@@ -117,8 +133,8 @@ def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:
     random_dlmuse(shared, models / "regions")
     stages = {}
     for role in ("mask", "regions"):
-        exported = export_model(models / role, work / f"{role}.bundle", ExportOptions(orientation="LPS"))
-        stages[role] = quantised(open_bundle(exported), work / f"{role}-int8.bundle")
+        plain = exported(models / role, work / f"{role}.bundle")
+        stages[role] = quantised(open_bundle(plain), work / f"{role}-int8.bundle")
     manifest = manifest_of(stages["mask"], stages["regions"])
     return models, write_cascade(work / "cascade.bundle", manifest, stages["mask"], stages["regions"]), scan
 
@@ -139,18 +155,26 @@ def nnunet_steps(models: Path, scan: Path, work: Path) -> dict[str, Any]:
     return {"seconds": seconds, "mask_voxels": int(mask.sum()), "crop": crop.shape, "peak": peak_memory()}
 
 
-def edgemuse_steps(cascade: Path, scan: Path, work: Path, setting: Setting, repeats: int) -> dict[str, Any]:
-    """Whole runs of the command line, one to warm the cache of engines and `repeats` that count."""
-    profile, precision, max_ram = setting
-    command = [sys.executable, "-m", "edgemuse.runtime.cli", "segment", str(scan), "-m", str(cascade)]
-    command += ["-o", str(work), "--overwrite", "--profile", profile, "--precision", precision]
-    command += ["--max-ram", max_ram] if max_ram else []
+def nnunet_apart(models: Path, scan: Path, work: Path) -> dict[str, Any]:
+    """`nnunet_steps` in a process of its own."""
+    result = work / "nnunet.json"
+    subprocess.run([sys.executable, "-c", NNUNET, *map(str, (models, scan, work, result))], check=True)
+    found: dict[str, Any] = json.loads(result.read_text())
+    say(f"nnU-Net: {sum(found['seconds'].values()):.1f} s")
+    return found
+
+
+def edgemuse_steps(cascade: Path, scan: Path, work: Path, setting: Setting) -> dict[str, Any]:
+    """Whole runs of the command line: one to warm the cache of engines, and those that count."""
+    command = [sys.executable, "-m", "edgemuse.runtime.cli", "segment", str(scan), "-m", str(cascade), "-o", str(work)]
+    command += ["--overwrite", "--profile", setting.profile, "--precision", setting.precision]
+    command += ["--max-ram", setting.max_ram] if setting.max_ram else []
     runs: list[Run] = []
     records: list[dict[str, Any]] = []
-    for _ in range(repeats + 1):
+    for _ in range(setting.repeats + 1):
         runs.append(measure(command, os.environ | {"EDGEMUSE_CACHE_DIR": str(work / "cache")}))
         records.append(json.loads((work / "head_provenance.json").read_text()))
-        click.echo(f"edgemuse {' '.join(setting)} {runs[-1]}", err=True)
+        say(f"{setting.title}: {runs[-1].seconds:.1f} s, {runs[-1].peak / 1e9:.2f} GB")
     return {
         "cold": runs[0].seconds,
         "wall": median(run.seconds for run in runs[1:]),
@@ -163,74 +187,64 @@ def edgemuse_steps(cascade: Path, scan: Path, work: Path, setting: Setting, repe
 
 
 @click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-@click.option("--repeats", default=3, show_default=True, help="Runs of edgemuse that count, after one that does not.")
-@click.option("--nnunet/--no-nnunet", default=True, show_default=True, help="Run nnU-Net as well: minutes.")
-def main(shared: Path, output: Path, repeats: int, nnunet: bool) -> None:
-    """Measure the cascade in each of `SETTINGS` and in nnU-Net; exit code 1 beyond the goals for `fast`."""
+@page_options("cascade")
+def main(shared: Path, output: Path, work: Path) -> None:
+    """Measure the cascade in each of `SETTINGS` and in nnU-Net; exit code 1 where little memory does not suffice."""
+    place = Workplace(work, state())
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        models, cascade, scan = prepare(shared, work)
-        theirs: dict[str, Any] = {}
-        if nnunet:
-            arguments = [str(models), str(scan), str(work), str(work / "nnunet.json")]
-            subprocess.run([sys.executable, "-c", NNUNET, *arguments], check=True)
-            theirs = json.loads((work / "nnunet.json").read_text())
-            click.echo(f"nnU-Net {theirs}", err=True)
-        ours = {
-            setting: edgemuse_steps(cascade, scan, work, setting, 1 if setting[0] == "reference" else repeats)
-            for setting in SETTINGS
-        }
-        shape = open_scan(scan).shape
-    output.write_text(report(shape, ours, theirs), encoding="utf-8")
-    click.echo(output.read_text(encoding="utf-8"))
-    large, small = ours["fast", "int8", ""], ours["fast", "int8", SMALL_RAM]
-    raise SystemExit(0 if large["wall"] <= GOAL_SECONDS and small["peak"] <= GOAL_BYTES else 1)
+        made = Path(name)
+        models, cascade, scan = prepare(shared, made)
+        theirs = place.once("nnU-Net", partial(nnunet_apart, models, scan, made))
+        ours = [place.once(s.title, partial(edgemuse_steps, cascade, scan, made, s)) for s in SETTINGS]
+        shape, sha256 = open_scan(scan).shape, open_model(cascade).sha256
+    first = place.age([named("cascade of DLMUSE's size, random weights", sha256)], "cascade")
+    place.publish(output, joined(first, report(shape, ours, theirs), place.machine))
+    raise SystemExit(0 if ours[SETTINGS.index(SMALL)]["peak"] <= GOAL_BYTES else 1)
 
 
-def report(shape: tuple[int, int, int], ours: Mapping[Setting, Mapping[str, Any]], theirs: Mapping[str, Any]) -> str:
-    """The Markdown page."""
-    settings = list(ours)
-    titles = [
-        f"edgemuse `{profile}` {precision}" + (f", `--max-ram {max_ram}`" if max_ram else "")
-        for profile, precision, max_ram in settings
-    ]
-    size = " x ".join(map(str, shape))
-    first = ours[settings[0]]
-    rows = [
-        "<!-- Written by: python -m edgemuse.bench.pages.cascade SHARED -o docs/cascade.md -->",
-        "# A cascade of DLMUSE's size on a whole head",
-        "",
-        f"A mask network of two classes and a region network of 152, both with DLMUSE's plans; a head of {size} voxels "
-        f"of 1 mm, of which the mask takes {first['mask_voxels'] / 1e6:.2f} million and the crop is "
-        f"{' x '.join(map(str, first['crop']))}. {cpu_name()}, {cpu_cores()} cores, "
-        f"{', '.join(f'{name} {version(name)}' for name in ('openvino', 'torch', 'nnunetv2'))}. Medians of whole "
-        f"processes; the int8 graphs are not calibrated, which their speed does not depend on. Commit {commit()}.",
-        "",
-        f"| | {' | '.join(titles)} |{' nnU-Net, no mirroring |' if theirs else ''}",
-        f"|---|{'---|' * (len(titles) + bool(theirs))}",
+def report(shape: Sequence[int], ours: Sequence[Mapping[str, Any]], theirs: Mapping[str, Any]) -> str:
+    """What was measured: `ours` in the order of `SETTINGS`, and what nnU-Net took."""
+    text = (
+        "A mask network of two classes and a region network of 152, both with DLMUSE's plans; a head of "
+        f"{' x '.join(map(str, shape))} voxels of 1 mm, of which the mask takes "
+        f"{ours[0]['mask_voxels'] / 1e6:.2f} million and the crop is {' x '.join(map(str, ours[0]['crop']))}. Medians "
+        "of whole processes; the int8 graphs are not calibrated, which their speed does not depend on."
+    )
+    header = ["", *(setting.title for setting in SETTINGS), "nnU-Net, no mirroring"]
+    rows = [*_overview(ours, theirs), *_roles(ours, theirs), *_stages(ours)]
+    return joined("# A cascade of DLMUSE's size on a whole head", text, table(header, rows))
+
+
+def _overview(ours: Sequence[Mapping[str, Any]], theirs: Mapping[str, Any]) -> list[list[str]]:
+    total = sum(theirs["seconds"].values())
+
+    def row(name: str, cell: Callable[[Mapping[str, Any]], str], other: str) -> list[str]:
+        return [name, *map(cell, ours), other]
+
+    return [
+        row("whole run, engines cached", lambda run: f"**{run['wall']:.1f} s**", f"{total:.1f} s"),
+        row("ratio to nnU-Net", lambda run: f"{total / run['wall']:.1f}", "1"),
+        row("first run, engines compiled", lambda run: f"{run['cold']:.1f} s", ""),
+        row("peak memory", lambda run: f"{run['peak'] / 1e9:.2f} GB", f"{theirs['peak'] / 1e9:.2f} GB"),
     ]
 
-    def row(name: str, values: list[str], other: str) -> str:
-        return f"| {name} | {' | '.join(values)} |{f' {other} |' if theirs else ''}"
 
-    total = sum(theirs["seconds"].values()) if theirs else 0.0
-    rows.append(row("whole run, engines cached", [f"**{ours[s]['wall']:.1f} s**" for s in settings], f"{total:.1f} s"))
-    rows.append(row("ratio to nnU-Net", [f"{total / ours[s]['wall']:.1f}" for s in settings], "1")) if theirs else None
-    rows.append(row("first run, engines compiled", [f"{ours[s]['cold']:.1f} s" for s in settings], ""))
-    peak = f"{theirs['peak'] / 1e9:.2f} GB" if theirs else ""
-    rows.append(row("peak memory", [f"{ours[s]['peak'] / 1e9:.2f} GB" for s in settings], peak))
+def _roles(ours: Sequence[Mapping[str, Any]], theirs: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
     for role in ("mask", "regions"):
-        spent = [
-            sum(value for name, value in ours[s]["seconds"].items() if name.startswith(f"{role} ")) for s in settings
-        ]
-        mine = [f"{value:.1f} s, {ours[s]['tiles'][role]} tiles" for value, s in zip(spent, settings, strict=True)]
-        rows.append(row(role, mine, f"{theirs['seconds'][role]:.1f} s" if theirs else ""))
-    names = {name for s in settings for name in ours[s]["seconds"]}
-    for name in sorted(names, key=lambda name: (name.rpartition(" ")[0], STAGES.index(name.rpartition(" ")[2]))):
-        rows.append(row(name, [f"{ours[s]['seconds'].get(name, 0.0):.2f} s" for s in settings], ""))
-    return "\n".join(rows) + "\n"
+        spent = [sum(value for name, value in run["seconds"].items() if name.startswith(f"{role} ")) for run in ours]
+        tiles = [f"{seconds:.1f} s, {run['tiles'][role]} tiles" for seconds, run in zip(spent, ours, strict=True)]
+        rows.append([role, *tiles, f"{theirs['seconds'][role]:.1f} s"])
+    return rows
+
+
+def _stages(ours: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def place(name: str) -> tuple[str, int]:
+        role, _, stage = name.rpartition(" ")
+        return role, STAGES.index(stage)
+
+    names = sorted({name for run in ours for name in run["seconds"]}, key=place)
+    return [[name, *(f"{run['seconds'].get(name, 0.0):.2f} s" for run in ours), ""] for name in names]
 
 
 if __name__ == "__main__":

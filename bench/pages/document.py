@@ -1,12 +1,12 @@
-"""The benchmark that README quotes: `python -m edgemuse.bench.pages.document SHARED --work DIR -o docs/benchmark.md`.
+"""The benchmark: four reports of `edgemuse bench`, shortened.
 
-Four reports, in DIR, which can be interrupted and gone on with: the development model and the built-in one on the T1
-scans of SHARED, the development model run by everything that can run it, and DLMUSE's network with random weights.
+They are on the development model and the built-in one, with the T1 scans of SHARED; on the development model, run by
+everything that can run it; and on DLMUSE's network with random weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,14 @@ from pathlib import Path
 import click
 
 from edgemuse.bench.benchmark import Request, benchmark
-from edgemuse.bench.measure.models import development_bundle, prepare_dlmuse
-from edgemuse.bench.measure.rows import read_rows
+from edgemuse.bench.measure.models import development_bundle, dlmuse_scan, exported, made, random_dlmuse
+from edgemuse.bench.measure.rows import Row, read_rows, state
 from edgemuse.bench.measure.run import scans_in
-from edgemuse.bench.pages.performance_report import parts_of
+from edgemuse.bench.pages.page import age, command, named, parted, parts_of
+from edgemuse.bench.pages.program import Workplace, page_options, say
 from edgemuse.bench.report.report import METHOD, Section, pictures, sections, to_markdown
-from edgemuse.runtime.results.files import write_files
 
-COMMAND = "python -m edgemuse.bench.pages.document ../shared --work DIR -o docs/benchmark.md"
-LARGEST_PICTURE = 200_000
-"""Bytes."""
+PAGE = "benchmark"
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,11 @@ class Material:
 
 @dataclass(frozen=True)
 class Part:
-    """One report and what the document says of it; `figures` are the beginnings of the names of those it shows."""
+    """One report and what the page says of it; `figures` are the beginnings of the names of those it shows."""
 
     title: str
     text: str
+    model: str
     prepare: Callable[[Path, Path], Material]
     systems: tuple[str, ...]
     repeats: int
@@ -59,18 +58,15 @@ def _built_in(shared: Path, work: Path) -> Material:
 
 
 def _dlmuse(shared: Path, work: Path) -> Material:
-    """DLMUSE's network, made once in `work`."""
-    made = work / "dlmuse"
-    if not (made / "scan").exists():
-        made.mkdir(parents=True)
-        prepare_dlmuse(shared, made)
-    return Material(made / "dlmuse.bundle", made / "scan", made / "model")
+    folder = made(work / "model", partial(random_dlmuse, shared))
+    return Material(exported(folder, work / "dlmuse.bundle"), dlmuse_scan(shared, work).parent, folder)
 
 
 PARTS = {
     "development": Part(
         "Against nnU-Net's own predictor",
         "The development model: 33 classes at 2 mm, trained on synthesised scans. Three scans, one with a truth.",
+        "development model",
         _development,
         ("nnunet/eager", "edgemuse/openvino"),
         2,
@@ -80,6 +76,7 @@ PARTS = {
     "peers": Part(
         "Against everything that runs the network",
         "The development model on the scan with a truth.",
+        "development model",
         _development,
         ("nnunet", "plain", "edgemuse/openvino", "edgemuse/onnxruntime/fp32/reference"),
         1,
@@ -89,6 +86,7 @@ PARTS = {
     "built-in": Part(
         "The built-in model",
         "33 classes, on the scan with a truth. The baseline is `reference` in fp32.",
+        "built-in model",
         _built_in,
         ("edgemuse/openvino", "plain/openvino"),
         2,
@@ -100,6 +98,7 @@ PARTS = {
         "DLMUSE's network",
         "DLMUSE's plans and 152 classes with random weights: upstream's may not be passed on. One T1 of 163 x 214 x "
         "155 voxels of 1 mm. Time and memory are those of the real one; Dice says only how alike the numbers are.",
+        "DLMUSE's network, random weights",
         _dlmuse,
         ("nnunet/eager", "edgemuse/openvino"),
         1,
@@ -108,8 +107,9 @@ PARTS = {
 }
 
 
-def report_on(part: Part, material: Material, folder: Path, say: Callable[[str], None]) -> None:
-    """Measure a part, as far as `folder` does not hold it yet."""
+def report_on(name: str, material: Material, folder: Path) -> list[Row]:
+    """Measure a part, as far as `folder` does not hold it yet; returns the rows of its report."""
+    part = PARTS[name]
     request = Request(
         material.bundle,
         folder,
@@ -122,31 +122,34 @@ def report_on(part: Part, material: Material, folder: Path, say: Callable[[str],
         quick=part.quick,
         scaling=part.scaling,
         mlperf=part.mlperf,
-        command=COMMAND,
+        command=command(f"{PAGE}-{name}"),
     )
     say(f"{part.title}: {benchmark(request, say)}")
+    return read_rows(folder)
 
 
-def document(parts: dict[str, list[Section]], target: Path) -> dict[Path, bytes]:
-    """The page at `target` and the figures beside it, in a folder of its name; parts not given stay as they are there.
+def age_of(name: str, rows: Sequence[Row]) -> str:
+    """How old the figures of a report are."""
+    date = max(row["created"] for row in rows if "created" in row)[: len("2026-01-01")]
+    model = named(PARTS[name].model, rows[0]["bundle_sha256"])
+    return age(date, rows[0]["commit"], [model], f"{PAGE}-{name}")
 
-    Args:
-        parts: sections of each part by its name.
-        target: Markdown file, which need not exist.
-    """
-    contents: dict[Path, bytes] = {}
-    pages = ["# Benchmark", f"Written by `{COMMAND}`, a part at a time; each says by which commit and where."]
-    written = parts_of(target.read_text(encoding="utf-8") if target.is_file() else "")
-    for name, part in PARTS.items():
-        if name in parts:
-            shown = [section for section in map(partial(_shown, part.figures), parts[name]) if section is not None]
-            intro = Section(part.title, f"{part.text}\n\n{shown[0].text}")
-            pages.append(to_markdown([intro, *shown[1:]], 2, f"{target.stem}/{name}_"))
-            contents |= {target.with_suffix("") / f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
-        elif part.title in written:
-            pages.append(f"## {part.title}\n{written[part.title]}")
-    pages.append(to_markdown([Section("How it was measured", METHOD)], 2))
-    return {target: "\n\n".join(page.rstrip() for page in pages).encode() + b"\n"} | contents
+
+def part_of(name: str, first: str, report: Sequence[Section], stem: str) -> tuple[str, dict[str, bytes]]:
+    """The text of a part, which begins with the line `first`, and its figures, beside the page called `stem`."""
+    part = PARTS[name]
+    shown = [section for section in map(partial(_shown, part.figures), report) if section is not None]
+    intro = Section(part.title, f"{first}\n\n{part.text}\n\n{shown[0].text}")
+    text = to_markdown([intro, *shown[1:]], 2, f"{stem}/{name}_")
+    return text.partition("\n")[2], {f"{name}_{key}.svg": data for key, data in pictures(shown).items()}
+
+
+def document(texts: Mapping[str, str], target: Path) -> str:
+    """The page at `target` with the parts `texts`, by their names; parts not given stay as they are there."""
+    parts = parts_of(target.read_text(encoding="utf-8") if target.is_file() else "")
+    parts |= {PARTS[name].title: text for name, text in texts.items()}
+    known = {part.title: parts[part.title] for part in PARTS.values() if part.title in parts}
+    return parted(PAGE, "Benchmark", "", known, to_markdown([Section("How it was measured", METHOD)], 2))
 
 
 def _shown(figures: tuple[str, ...], section: Section) -> Section | None:
@@ -158,29 +161,20 @@ def _shown(figures: tuple[str, ...], section: Section) -> Section | None:
 
 
 @click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--work", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the reports.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-@click.option(
-    "--part", "names", multiple=True, type=click.Choice(list(PARTS)), help="Measure only this. [default: all]"
-)
-def main(shared: Path, work: Path, output: Path, names: tuple[str, ...]) -> None:
-    """Measure what DIR does not hold yet and write the parts that it holds into the document."""
-    work.mkdir(parents=True, exist_ok=True)
-    materials = {name: PARTS[name].prepare(shared, work) for name in names or PARTS}
-    for name, material in materials.items():
-        if not (work / name / "report.html").exists():  # which is written last
-            report_on(PARTS[name], material, work / name, partial(click.echo, err=True))
-    found = {}
-    for name, part in PARTS.items():
-        if (work / name / "report.html").exists():
-            rows, scans = read_rows(work / name), scans_in(part.prepare(shared, work).data)
-            found[name] = list(sections(work / name, rows, scans, ""))
-    contents = document(found, output)
-    output.with_suffix("").mkdir(parents=True, exist_ok=True)
-    write_files(contents)
-    for path, data in contents.items():
-        click.echo(f"{path}: {len(data) / 1000:.0f} kB" + (", too large" if len(data) > LARGEST_PICTURE else ""))
+@page_options(PAGE)
+@click.option("--part", "names", multiple=True, type=click.Choice(list(PARTS)), default=list(PARTS), help="Measure "
+              "only this; the page keeps what it says of the rest.  [default: all]")  # fmt: skip
+def main(shared: Path, output: Path, work: Path, names: tuple[str, ...]) -> None:
+    """Measure every part, one after the other, and write it into the page."""
+    for name in names:
+        place = Workplace(work / name, state())
+        material, folder = PARTS[name].prepare(shared, place.folder), place.folder / "report"
+        rows = report_on(name, material, folder)
+        report = list(sections(folder, rows, scans_in(material.data), ""))
+        text, figures = part_of(name, age_of(name, rows), report, output.stem)
+        output.with_suffix("").mkdir(exist_ok=True)
+        beside = {output.with_suffix("") / figure: data for figure, data in figures.items()}
+        place.publish(output, document({name: text}, output), beside)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The accuracy gate on real scans: `python -m edgemuse.bench.pages.gate SHARED -o docs/gate.md`.
+"""The accuracy gate on real scans.
 
 Both trained networks are calibrated as `edgemuse calibrate` does it: on one T1 of SHARED, and judged on the others.
 """
@@ -13,17 +13,15 @@ from pathlib import Path
 import click
 
 from edgemuse.bench.measure.models import development_bundle
-from edgemuse.bench.measure.rows import commit
-from edgemuse.bench.pages.performance_report import table
+from edgemuse.bench.measure.rows import state
+from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.program import Workplace, page_options, say
 from edgemuse.calibration.calibrate import calibrate
-from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.runtime.cli.describe import GATE_HEADER, gate_cells
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 
-INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.gate SHARED -o docs/gate.md -->
-# The accuracy gate on real scans
-
+INTRODUCTION = """
 What `edgemuse calibrate MODEL --data SHARED/data/t1` stores in a bundle and `edgemuse info` shows, for both trained
 networks: int8 is calibrated on one whole head and everything is judged on two other scans, of which one has a truth.
 *Agreement*: mean Dice with the labels of `reference` in fp32. *Dice*: against the truth, and what `reference` in fp32
@@ -39,26 +37,28 @@ def section(title: str, bundle: Bundle) -> str:
     left_out = record["int8"]["left_in_fp32"]
     kept = left_out if isinstance(left_out, str) else ", ".join(left_out)
     text = f"Calibrated on {chosen}, judged on {held_out}; convolutions left in fp32: {kept}."
-    return f"\n## {title}\n\n{text}\n\n{table(GATE_HEADER, map(gate_cells, bundle.manifest.gate))}"
+    return joined(f"## {title}", text, table(GATE_HEADER, map(gate_cells, bundle.manifest.gate)))
+
+
+def calibrated(title: str, model: Path, data: Path, work: Path) -> str:
+    """The section on `model`, calibrated and judged on the scans in `data`."""
+    return section(title, open_bundle(calibrate(model, data, work / f"{title}.calibrated", say)))
 
 
 @click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-def main(shared: Path, output: Path) -> None:
-    """Calibrate and judge both trained networks on the T1 scans of SHARED: about ten minutes."""
-    say = partial(click.echo, err=True)
+@page_options("gate")
+def main(shared: Path, output: Path, work: Path) -> None:
+    """Calibrate and judge both trained networks on the T1 scans of SHARED."""
+    place = Workplace(work, state(nncf=version("nncf")))
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        models = {"Development model": development_bundle(shared, work, say), "Built-in model": BUILT_IN}
-        pages = [INTRODUCTION]
-        for title, model in models.items():
-            made = calibrate(model, shared / "data" / "t1", work / f"{title}.calibrated", say)
-            pages.append(section(title, open_bundle(made)))
-    versions = ", ".join(f"{package} {version(package)}" for package in ("openvino", "onnxruntime", "nncf"))
-    pages.append(f"\n{cpu_name()}, {cpu_cores()} cores; {versions}; commit {commit()}.\n")
-    output.write_text("".join(pages), encoding="utf-8")
-    click.echo(output)
+        models = {"Development model": development_bundle(shared, Path(name), say), "Built-in model": BUILT_IN}
+        sections = [
+            place.once(title, partial(calibrated, title, model, shared / "data" / "t1", Path(name)))
+            for title, model in models.items()
+        ]
+        what = [named(title.lower(), open_bundle(model).sha256) for title, model in models.items()]
+    title = "# The accuracy gate on real scans"
+    place.publish(output, joined(place.age(what, "gate"), title, INTRODUCTION, *sections, place.machine))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Many scans at once: `python -m edgemuse.bench.pages.many SHARED -o docs/many.md`.
+"""Many scans at once.
 
 Makes a BIDS dataset of 26 scans out of the T1 scans in SHARED (several orientations and spacings; two files are
 damaged) and segments it with `edgemuse bids`: by one process, by two that share the folder of results, by one that is
@@ -16,21 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
 
 from edgemuse.bench.measure import scans
-from edgemuse.bench.measure.process import resident
-from edgemuse.bench.measure.rows import commit
-from edgemuse.engines.hardware import cpu_cores, cpu_name
+from edgemuse.bench.measure.dask_cluster import WORKERS, Cluster, dask_cluster
+from edgemuse.bench.measure.process import INTERVAL, resident
+from edgemuse.bench.measure.rows import state
+from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.engines.hardware import cpu_cores
 from edgemuse.runtime.model.builtin import BUILT_IN
+from edgemuse.runtime.model.bundle import open_bundle
 
 Change = Callable[[Path, Path], Path]
 CHANGES: dict[str, Change] = {
@@ -45,9 +50,17 @@ CHANGES: dict[str, Change] = {
 }
 LEAST = 24
 """Scans that can be segmented."""
-WORKERS = 2
-INTERVAL = 0.05
-"""Seconds between two looks at a process."""
+PROFILE, PRECISION = "balanced", "fp32"
+"""int8 would not do: its results depend on the number of threads a little."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A BIDS dataset: its folder, how many of its scans can be segmented, and the files that are damaged."""
+
+    root: Path
+    good: int
+    damaged: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,9 @@ class Ran:
     """
 
     seconds: float
-    codes: list[int]
+    codes: Sequence[int]
     said: str
-    memory: tuple[float, float, float]
+    memory: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -72,13 +85,14 @@ class Row:
     """A line of the report, and what was wrong, if anything."""
 
     name: str
-    ran: Ran
+    seconds: float
+    memory: Sequence[float]
     segmented: int
-    wrong: tuple[str, ...]
+    wrong: Sequence[str]
 
 
-def make_dataset(shared: Path, root: Path) -> tuple[int, list[Path]]:
-    """Write the dataset into the new `root`; returns how many scans are good, and the damaged files."""
+def make_dataset(shared: Path, root: Path) -> Dataset:
+    """Write the dataset into the new folder `root`."""
     sources = sorted((shared / "data" / "t1").glob("*_T1w.nii.gz"))
     rounds = itertools.cycle(itertools.product(CHANGES.values(), sources))
     count = max(LEAST, len(CHANGES) * len(sources)) if sources else 0
@@ -92,25 +106,23 @@ def make_dataset(shared: Path, root: Path) -> tuple[int, list[Path]]:
     empty.write_bytes(b"")
     description = {"Name": "Copies of T1 scans", "BIDSVersion": "1.11.1", "DatasetType": "raw"}
     (root / "dataset_description.json").write_text(json.dumps(description))
-    return count, [cut, empty]
+    return Dataset(root, count, (cut, empty))
 
 
 def _place(root: Path, number: int) -> Path:
-    """Two sessions a participant."""
-    subject, session = f"sub-{number // 2 + 1:02}", f"ses-{number % 2 + 1}"
-    folder = root / subject / session / "anat"
+    """Where scan `number` lies; each participant has two visits."""
+    subject, visit = f"sub-{number // 2 + 1:02}", f"ses-{number % 2 + 1}"
+    folder = root / subject / visit / "anat"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{subject}_{session}_T1w.nii.gz"
+    return folder / f"{subject}_{visit}_T1w.nii.gz"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The dataset, the model and how to run."""
+    """The dataset, the model, and the folder that results go into."""
 
-    data: Path
+    data: Dataset
     model: Path
-    profile: str
-    precision: str
     work: Path
 
     def run(self, out: Path, processes: int, kill_after: int | None = None, cluster: Cluster | None = None) -> Ran:
@@ -133,10 +145,6 @@ class Bench:
 
     @contextmanager
     def _started(self, out: Path, count: int, scheduler: str | None) -> Iterator[list[subprocess.Popen[bytes]]]:
-        command = [sys.executable, "-m", "edgemuse.runtime.cli", "bids", str(self.data), str(out), "participant"]
-        command += ["-m", str(self.model), "--profile", self.profile, "--precision", self.precision, "--threads"]
-        command += [str(max(cpu_cores() // (WORKERS if scheduler else count), 1))]
-        command += ["--scheduler", scheduler] if scheduler else []
         environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(self.work / "cache")}
         for path in self.work.glob("*.log"):
             path.unlink()
@@ -144,6 +152,7 @@ class Bench:
         try:
             for number in range(count):
                 with (self.work / f"{number}.log").open("wb") as log:
+                    command = self._command(out, count, scheduler)
                     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
                     running.append(started)
             yield running
@@ -152,64 +161,25 @@ class Bench:
                 process.kill()
                 process.wait()
 
+    def _command(self, out: Path, count: int, scheduler: str | None) -> list[str]:
+        threads = max(cpu_cores() // (WORKERS if scheduler else count), 1)
+        command = [sys.executable, "-m", "edgemuse.runtime.cli", "bids", str(self.data.root), str(out), "participant"]
+        command += ["-m", str(self.model), "--profile", PROFILE, "--precision", PRECISION, "--threads", str(threads)]
+        return [*command, "--scheduler", scheduler] if scheduler else command
 
-@dataclass(frozen=True)
-class Cluster:
-    """A Dask scheduler's address, and the processes that watch over its workers."""
-
-    address: str
-    nannies: list[subprocess.Popen[bytes]]
-
-    def workers(self) -> list[psutil.Process]:
-        """The process of each worker: of a nanny's children, the largest."""
-        children = [psutil.Process(nanny.pid).children(recursive=True) for nanny in self.nannies]
-        return [max(found, key=resident) for found in children]
+    def judged(self, name: str, ran: Ran, codes: Sequence[int], out: Path) -> Row:
+        """The line for a run that should have ended with `codes` and all results in `out`."""
+        expected = results(self.work / "one")
+        return Row(name, ran.seconds, ran.memory, self.data.good, judge(ran, out, codes, self.data, expected))
 
 
-@contextmanager
-def dask_cluster(folder: Path, preload: str = "") -> Iterator[Cluster]:
-    """A scheduler and `WORKERS` workers, each a process, with their files in `folder`.
-
-    `preload`: code that the workers run first.
-    """
-    place = Path(tempfile.mkdtemp(dir=folder))
-    (place / "preload.py").write_text(preload)
-    found = place / "scheduler.json"
-    common = ["--scheduler-file", str(found), "--no-dashboard", "--host", "127.0.0.1"]
-    worker = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(place)]
-    commands = [["dask_scheduler", "--port", "0", *common]]
-    commands += [["dask_worker", *common, *worker, "--preload", str(place / "preload.py")]] * WORKERS
-    environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(folder / "cache")}
-    running = list[subprocess.Popen[bytes]]()
-    try:
-        for name, *options in commands:
-            with (place / "dask.txt").open("ab") as log:
-                command = [sys.executable, "-m", f"distributed.cli.{name}", *options]
-                running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-        _wait_for(lambda: (place / "dask.txt").read_text().count("Registered to:") >= WORKERS, "Dask's workers")
-        yield Cluster(json.loads(found.read_text())["address"], running[1:])
-    finally:
-        for process in reversed(running):  # a nanny ends its worker
-            process.terminate()
-        for process in running:
-            process.wait()
-
-
-def _wait_for(ready: Callable[[], bool], what: str) -> None:
-    for _ in range(1200):
-        if ready():
-            return
-        time.sleep(INTERVAL)
-    raise click.ClickException(f"{what} did not start within a minute")
-
-
-def thirds(samples: list[tuple[float, int]], seconds: float) -> tuple[float, float, float]:
+def thirds(samples: list[tuple[float, int]], seconds: float) -> list[float]:
     """The highest of the (time, bytes) samples in each third of `seconds`."""
     parts: list[float] = [0, 0, 0]
     for when, size in samples:
         part = min(int(3 * when / seconds), 2)
         parts[part] = max(parts[part], size)
-    return parts[0], parts[1], parts[2]
+    return parts
 
 
 def done(out: Path) -> int:
@@ -223,107 +193,128 @@ def results(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
-def judge(
-    ran: Ran, out: Path, codes: list[int], good: int, damaged: list[Path], expected: dict[str, bytes]
-) -> list[str]:
-    """What is wrong with a run."""
+def judge(ran: Ran, out: Path, codes: Sequence[int], data: Dataset, expected: dict[str, bytes]) -> list[str]:
+    """What is wrong with a run whose results should be `expected`."""
     found = results(out)
     wrong = []
-    if ran.codes != codes:
+    if list(ran.codes) != list(codes):
         wrong.append(f"exit codes {ran.codes}, not {codes}")
-    if done(out) != good:
-        wrong.append(f"{done(out)} of {good} scans done")
-    wrong += [f"{path.name} not reported" for path in damaged if f"edgemuse: {path}: the file is" not in ran.said]
-    if expected and found != expected:
+    if done(out) != data.good:
+        wrong.append(f"{done(out)} of {data.good} scans done")
+    wrong += [f"{path.name} not reported" for path in data.damaged if f"edgemuse: {path}: the file is" not in ran.said]
+    if found != expected:
         wrong.append(f"{sum(found.get(name) != data for name, data in expected.items())} files differ")
     if list(out.rglob("*.part")) or list(out.rglob("*.lock")):
         wrong.append("temporary files left")
     return wrong
 
 
-def measure(bench: Bench, good: int, damaged: list[Path]) -> Iterator[Row]:
-    """Every run, one after the other."""
-    outs = {name: bench.work / name for name in ("one", "two", "again", "survivor")}
-    for processes in (1, 2):  # so that the engines are cached
-        bench.run(bench.work / f"warm{processes}", processes, kill_after=1)
-    ran = bench.run(outs["one"], 1)
-    expected = results(outs["one"])
-    yield Row("one process", ran, good, tuple(judge(ran, outs["one"], [2], good, damaged, expected)))
-    ran = bench.run(outs["two"], 2)
-    yield Row("two processes, one folder", ran, good, tuple(judge(ran, outs["two"], [2, 2], good, damaged, expected)))
-    ran = bench.run(outs["again"], 1, kill_after=good // 3)
-    before = done(outs["again"])
-    wrong = () if ran.codes == [-9] and 0 < before < good else (f"not killed halfway: {before} of {good} done",)
-    yield Row("killed by SIGKILL", ran, before, wrong)
-    ran = bench.run(outs["again"], 1)
+def one_process(bench: Bench, out: Path) -> Iterator[Row]:
+    """One process, after two runs so that the engines are cached; its results are what the others must give."""
+    for processes in (1, 2):
+        bench.run(out.with_name(f"warm{processes}"), processes, kill_after=1)
+    yield bench.judged("one process", bench.run(out, 1), [2], out)
+
+
+def two_processes(bench: Bench, out: Path) -> Iterator[Row]:
+    """Two processes that share a folder."""
+    yield bench.judged("two processes, one folder", bench.run(out, 2), [2, 2], out)
+
+
+def started_again(bench: Bench, out: Path) -> Iterator[Row]:
+    """One process that is killed, and one that goes on."""
+    good = bench.data.good
+    ran = bench.run(out, 1, kill_after=good // 3)
+    before = done(out)
+    halfway = ran.codes == [-9] and 0 < before < good
+    wrong = [] if halfway else [f"not killed halfway: {before} of {good} done"]
+    yield Row("killed by SIGKILL", ran.seconds, ran.memory, before, wrong)
+    ran = bench.run(out, 1)
     skipped = ran.said.count("done already, skipped")
-    wrong_again = judge(ran, outs["again"], [2], good, damaged, expected)
+    row = bench.judged("the same, started again", ran, [2], out)
+    wrong = list(row.wrong)
     if skipped not in (before, before - 1):  # the last one may have been written in part
-        wrong_again.append(f"{skipped} of {before} skipped")
-    yield Row("the same, started again", ran, good - skipped, tuple(wrong_again))
-    ran = bench.run(outs["survivor"], 2, kill_after=good // 3)
-    yield Row(
-        "two processes, one killed", ran, good, tuple(judge(ran, outs["survivor"], [-9, 2], good, damaged, expected))
-    )
-    if find_spec("distributed"):
-        out, lost = bench.work / "dask", bench.work / "dask-killed"
-        with dask_cluster(bench.work) as cluster:
-            ran = bench.run(out, 1, cluster=cluster)
-        yield Row("Dask, two workers", ran, good, tuple(judge(ran, out, [2], good, damaged, expected)))
-        with dask_cluster(bench.work) as cluster:
-            ran = bench.run(lost, 1, kill_after=good // 3, cluster=cluster)
-        yield Row("Dask, one of two workers killed", ran, good, tuple(judge(ran, lost, [2], good, damaged, expected)))
+        wrong.append(f"{skipped} of {before} skipped")
+    yield Row(row.name, row.seconds, row.memory, good - skipped, wrong)
+
+
+def survivor(bench: Bench, out: Path) -> Iterator[Row]:
+    """Two processes of which one is killed."""
+    ran = bench.run(out, 2, kill_after=bench.data.good // 3)
+    yield bench.judged("two processes, one killed", ran, [-9, 2], out)
+
+
+def on_dask(bench: Bench, out: Path) -> Iterator[Row]:
+    """A cluster of two workers."""
+    with dask_cluster(bench.work) as cluster:
+        ran = bench.run(out, 1, cluster=cluster)
+    yield bench.judged("Dask, two workers", ran, [2], out)
+
+
+def on_dask_killed(bench: Bench, out: Path) -> Iterator[Row]:
+    """A cluster of which one worker is killed."""
+    with dask_cluster(bench.work) as cluster:
+        ran = bench.run(out, 1, kill_after=bench.data.good // 3, cluster=cluster)
+    yield bench.judged("Dask, one of two workers killed", ran, [2], out)
+
+
+STEPS: dict[str, Callable[[Bench, Path], Iterator[Row]]] = {
+    "one": one_process,
+    "two": two_processes,
+    "again": started_again,
+    "survivor": survivor,
+    "dask": on_dask,
+    "dask-killed": on_dask_killed,
+}
+"""By the folder that their results go into; the first one's are what the others are held against."""
+
+
+def rows_of(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """The rows of the step `name`, as fields."""
+    out = bench.work / name
+    shutil.rmtree(out, ignore_errors=True)  # of an interrupted run
+    rows = list(STEPS[name](bench, out))
+    for row in rows:
+        say(f"{row.name}: {row.seconds:.1f} s, {'; '.join(row.wrong) or 'right'}")
+    return [asdict(row) for row in rows]
 
 
 @click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-@click.option("-m", "--model", type=click.Path(path_type=Path, exists=True), default=BUILT_IN, help="Bundle.")
-@click.option("--profile", default="balanced", show_default=True)
-@click.option("--precision", default="fp32", show_default=True, help="int8 depends on the number of threads a little.")
-def main(shared: Path, output: Path, model: Path, profile: str, precision: str) -> None:
+@page_options("many")
+def main(shared: Path, output: Path, work: Path) -> None:
     """Measure runs over many scans; exit code 1 if results differ, a failure is not reported or something is lost."""
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        good, damaged = make_dataset(shared, work / "data")
-        click.echo(f"{good} scans and {len(damaged)} damaged files", err=True)
-        rows = []
-        for row in measure(Bench(work / "data", model, profile, precision, work), good, damaged):
-            click.echo(f"{row.name}: {row.ran.seconds:.1f} s, {'; '.join(row.wrong) or 'right'}", err=True)
-            rows.append(row)
-    output.write_text(report(rows, good, len(damaged), f"{model.stem}, `{profile}`, {precision}"), encoding="utf-8")
-    click.echo(output.read_text(encoding="utf-8"))
+    place = Workplace(work, state())
+    names = [name for name in STEPS if find_spec("distributed") or not name.startswith("dask")]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(make_dataset(shared, Path(folder)), BUILT_IN, place.folder)
+        found = [place.once(name, partial(rows_of, bench, name)) for name in names]
+    rows = [Row(**fields) for each in found for fields in each]
+    first = place.age([named("built-in model", open_bundle(BUILT_IN).sha256)], "many")
+    place.publish(output, joined(first, report(rows, bench.data), place.machine))
     raise SystemExit(1 if any(row.wrong for row in rows) else 0)
 
 
-def report(rows: list[Row], good: int, damaged: int, what: str) -> str:
+INTRODUCTION = """# Many scans
+
+A BIDS dataset made of three T1 scans in several orientations and spacings, segmented with `edgemuse bids`.
+"""
+RIGHT = f"""Right: the same bytes in every label map and table as from one process, the damaged files reported and the
+exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of two processes the other does the rest.
+`{PROFILE}`, {PRECISION}; processes that run together share the cores."""
+
+
+def report(rows: Sequence[Row], data: Dataset) -> str:
     """The table, and what it says."""
-    lines = [
-        "<!-- Written by: python -m edgemuse.bench.pages.many SHARED -o docs/many.md -->",
-        "# Many scans",
-        "",
-        "A BIDS dataset made of three T1 scans in several orientations and spacings, segmented with `edgemuse bids`.",
-        "",
-        f"| {good} scans and {damaged} damaged files | scans segmented | wall time | scans an hour | memory of a "
-        "process, highest in each third of the run | results |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        memory = ", ".join(f"{size / 1e9:.2f}" for size in row.ran.memory)
-        rate = row.segmented / row.ran.seconds * 3600
-        cells = (row.name, row.segmented, f"{row.ran.seconds:.0f} s", f"{rate:.0f}", f"{memory} GB")
-        lines.append(f"| {' | '.join(map(str, cells))} | {'; '.join(row.wrong) or 'right'} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Right: the same bytes in every label map and table as from one process, the damaged files reported and "
-            "the exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of two processes the "
-            f"other does the rest. {what}; {cpu_name()}, {cpu_cores()} cores, shared by processes that run together; "
-            f"commit {commit()}.",
-            "",
-        ]
-    )
+    header = [f"{data.good} scans and {len(data.damaged)} damaged files", "scans segmented", "wall time"]
+    header += ["scans an hour", "memory of a process, highest in each third of the run", "results"]
+    return joined(INTRODUCTION, table(header, map(_cells, rows)), RIGHT)
+
+
+def _cells(row: Row) -> list[str]:
+    memory = ", ".join(f"{size / 1e9:.2f}" for size in row.memory)
+    rate = row.segmented / row.seconds * 3600
+    cells = [row.name, str(row.segmented), f"{row.seconds:.0f} s", f"{rate:.0f}", f"{memory} GB"]
+    return [*cells, "; ".join(row.wrong) or "right"]
 
 
 if __name__ == "__main__":

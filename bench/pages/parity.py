@@ -1,4 +1,4 @@
-"""Label parity with nnU-Net's own predictor: `python -m edgemuse.bench.pages.parity SHARED -o docs/parity.md`.
+"""Label parity with nnU-Net's own predictor.
 
 Every case segments one scan four ways: nnU-Net as it is, which adds up its tiles in half precision; edgemuse's
 `reference` profile, which does the same; its `balanced` profile, which adds up features in float32; and nnU-Net's steps
@@ -8,23 +8,22 @@ with every sum in float64, which judges the others.
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from edgemuse.bench.measure import models, scans
 from edgemuse.bench.measure.reference import Reference
-from edgemuse.bench.measure.rows import commit
-from edgemuse.engines.hardware import cpu_name
-from edgemuse.export.exporter import ExportOptions, export_model
+from edgemuse.bench.measure.rows import state
+from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.program import Workplace, page_options, say
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.pipeline.segmenter import Segmenter
@@ -49,12 +48,12 @@ class Result:
 
     `agreement` and `dice` are of `reference` with nnU-Net as it is; the `exact` ones are with the judge. `explained` is
     the share of the voxels that nnU-Net labels otherwise where the error bound of its sums allows it. `balanced_exact`
-    is None where nnU-Net mirrors, which `balanced` does not.
+    is None where nnU-Net mirrors, which `balanced` does not. `sha256` is the bundle's.
     """
 
     model: str
+    sha256: str
     name: str
-    voxels: int
     required: float
     agreement: float
     dice: float
@@ -116,8 +115,8 @@ def compare(case: Case, reference: Reference, bundle: Bundle, work: Path) -> Res
     judge = exact.labels()
     return Result(
         case.model,
+        bundle.sha256,
         case.name,
-        judge.size,
         case.required,
         agreement(ours, theirs),
         mean_dice(ours, theirs),
@@ -135,49 +134,35 @@ def _ours(case: Case, bundle: Bundle, profile: str, work: Path) -> NDArray[np.in
     return scans.labels_of(scans.reoriented(stored, work / "ours_upright.nii.gz", "LPS"))
 
 
-def table(results: list[Result]) -> str:
-    """The results as a Markdown table."""
-    head = [
-        "| model | scan | asked | `reference` = nnU-Net | mean Dice | reached | explained | `reference` = float64 "
-        "| nnU-Net = float64 | `balanced` = float64 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def measured(case: Case, folder: Path, work: Path) -> dict[str, Any]:
+    """The fields of the case's result; `folder` is its model's, whose bundle is exported once into `work`."""
+    bundle = open_bundle(models.exported(folder, work / f"{case.model}.bundle"))
+    result = asdict(compare(case, Reference(folder, case.mirroring), bundle, work))
+    say(json.dumps(result))
+    return result
+
+
+HEADER = ("model", "scan", "asked", "`reference` = nnU-Net", "mean Dice", "reached", "explained",
+          "`reference` = float64", "nnU-Net = float64", "`balanced` = float64")  # fmt: skip
+
+
+def cells(result: Result) -> list[str]:
+    """The row of the table for a result."""
+    return [
+        result.model,
+        result.name,
+        f"{result.required:.2%}",
+        f"{result.agreement:.5%}",
+        f"{result.dice:.5f}",
+        "yes" if result.passed else "no",
+        f"{result.explained:.2%}",
+        f"{result.reference_exact:.4%}",
+        f"{result.nnunet_exact:.4%}",
+        "" if result.balanced_exact is None else f"{result.balanced_exact:.5%}",
     ]
-    rows = [
-        f"| {r.model} | {r.name} | {r.required:.2%} | {r.agreement:.5%} | {r.dice:.5f} | {'yes' if r.passed else 'no'} "
-        f"| {r.explained:.2%} | {r.reference_exact:.4%} | {r.nnunet_exact:.4%} "
-        f"| {'' if r.balanced_exact is None else f'{r.balanced_exact:.5%}'} |"
-        for r in results
-    ]
-    return "\n".join(head + rows)
 
 
-@click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-@click.option("--only", default="", help="Run the cases whose model and name contain this.")
-def main(shared: Path, output: Path, only: str) -> None:
-    """Compare edgemuse with nnU-Net on the scans and the model of SHARED; exit code 1 if a case falls short."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        folders = models.parity_models(shared, work)
-        results = []
-        for case in cases(shared, work):
-            if only not in f"{case.model} {case.name}":
-                continue
-            bundle = work / f"{case.model}.bundle"
-            if not bundle.exists():
-                export_model(folders[case.model], bundle, ExportOptions(orientation="LPS"))
-            reference = Reference(folders[case.model], case.mirroring)
-            results.append(compare(case, reference, open_bundle(bundle), work))
-            click.echo(json.dumps(asdict(results[-1])))
-    output.write_text(_report(results), encoding="utf-8")
-    raise SystemExit(0 if all(result.passed for result in results) else 1)
-
-
-INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.parity SHARED -o docs/parity.md -->
-
-# Parity with nnU-Net's predictor
-
+INTRODUCTION = """
 Each scan is segmented four ways with the same checkpoint, step 0.5 and Gaussian weights: by nnU-Net's own
 `nnUNetPredictor`, which adds its tiles up in half precision; by edgemuse's `reference` profile, which repeats that; by
 its `balanced` profile, which adds up features in float32 (both OpenVINO, fp32); and by nnU-Net's steps with every sum
@@ -187,19 +172,30 @@ in float64, which judges the others.
 - *reached*: as many voxels agree as is asked, mean Dice is at least 0.999, half precision explains every difference
   that is left, and `balanced` agrees with the judge in as many voxels as is asked and as nnU-Net does.
 - *explained*: share of the voxels in which `reference` and nnU-Net differ where the exact logits of the two labels are
-  closer together than half-precision sums may be off (`half_precision_error` in `bench/reference.py`).
+  closer together than half-precision sums may be off (`half_precision_error` in `bench/measure/reference.py`).
 - *= float64*: share of voxels with the judge's label. `balanced` does not mirror, so it is left out where nnU-Net does.
 
 What is left between `reference` and nnU-Net is the order in which convolutions add up float32 numbers, which tips a
 half-precision rounding now and then.
-
 """
 
 
-def _report(results: list[Result]) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("nnunetv2", "openvino", "numpy"))
-    machine = f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {versions}"
-    return f"{INTRODUCTION}{table(results)}\n\n{machine}; commit {commit()}\n"
+@click.command()
+@page_options("parity")
+def main(shared: Path, output: Path, work: Path) -> None:
+    """Compare edgemuse with nnU-Net on the scans and the model of SHARED; exit code 1 if a case falls short."""
+    place = Workplace(work, state())
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        folders = models.parity_models(shared, made)
+        results = [
+            Result(**place.once(f"{case.model}: {case.name}", partial(measured, case, folders[case.model], made)))
+            for case in cases(shared, made)
+        ]
+    first = place.age(dict.fromkeys(named(result.model, result.sha256) for result in results), "parity")
+    page = table(HEADER, map(cells, results))
+    place.publish(output, joined(first, "# Parity with nnU-Net's predictor", INTRODUCTION, page, place.machine))
+    raise SystemExit(0 if all(result.passed for result in results) else 1)
 
 
 if __name__ == "__main__":

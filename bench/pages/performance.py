@@ -1,10 +1,7 @@
 """Time, memory and accuracy of every way to run a network.
 
-`python -m edgemuse.bench.pages.performance SHARED -o docs/performance.md`
-
 Every run is a process of its own, measured from its start to its end, with its files on disk. The first run of a system
-finds no compiled engine; the later ones, interleaved with all other systems, do. What a run gave is appended to a file
-of rows beside the report at once, so that a command that was interrupted goes on where it stopped.
+finds no compiled engine; the later ones, interleaved with all other systems, do.
 """
 
 from __future__ import annotations
@@ -14,27 +11,26 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 import click
 import numpy as np
-import platformdirs
 
 from edgemuse.bench.measure import cases, scans
-from edgemuse.bench.measure.cases import Case
+from edgemuse.bench.measure.cases import SMALL_RAM, Case
+from edgemuse.bench.measure.models import Progress
 from edgemuse.bench.measure.process import ProcessFailure, measure
 from edgemuse.bench.measure.roofline import operations, peaks
-from edgemuse.bench.measure.rows import Row, append, commit, rewrite, whole_lines
-from edgemuse.bench.pages.performance_report import network_part, page, parts_of
+from edgemuse.bench.measure.rows import Row, state
+from edgemuse.bench.pages.page import joined, named, parted, parts_of
+from edgemuse.bench.pages.performance_report import INTRODUCTION, network_part
+from edgemuse.bench.pages.program import FOLDER, Workplace, page_options, say
 from edgemuse.calibration import gate
-from edgemuse.calibration.evaluate import settings
-from edgemuse.engines.hardware import cpu_cores, cpu_name
+from edgemuse.calibration.evaluate import Setting, settings
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.model.precision import stored_precision
 from edgemuse.runtime.regions.agreement import dice, mean_dice
@@ -42,16 +38,8 @@ from edgemuse.runtime.regions.labels import to_indices
 from edgemuse.runtime.results.files import output_paths
 from edgemuse.runtime.scan.nifti import scan_stem
 
-PARTS = {
-    "dev": "Development model",
-    "builtin": "Built-in model",
-    "dlmuse": "DLMUSE's network, random weights",
-}
-"""Titles of the parts of the page."""
 LONG = 150.0
 """Seconds; what takes longer runs once."""
-SMALL_RAM = "2.1"
-"""GiB, for `fast` in int8 on a machine with little memory: less than is planned for one pass."""
 NNUNET = """
 import sys, numpy as np
 from pathlib import Path
@@ -59,7 +47,22 @@ from edgemuse.bench.measure.reference import Reference
 labels = Reference(Path(sys.argv[1]), mirroring=sys.argv[4] == "on").labels(Path(sys.argv[2]))
 np.save(sys.argv[3], labels.astype(np.uint16))
 """
-Progress: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: its title, the network and scans that it is about, and how often each system runs warm."""
+
+    title: str
+    make: Callable[[Path, Path, Progress], Case]
+    repeats: int
+
+
+PARTS = {
+    "development": Part("Development model", cases.development, 3),
+    "built-in": Part("Built-in model", cases.built_in, 3),
+    "dlmuse": Part("DLMUSE's network, random weights", cases.dlmuse, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -77,45 +80,6 @@ class System:
         return hashlib.sha256(self.name.encode()).hexdigest()[:12]
 
 
-class RowCache:
-    """Rows measured earlier, on disk in `path`, so that they need not be measured again.
-
-    Those of another context are passed over, where `rows.Results`, of which a report is made, refuses them.
-    """
-
-    def __init__(self, path: Path, context: Row, progress: Progress) -> None:
-        self.path, self.context = path, context
-        stored = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
-        self.rows = [row for row in stored if row["context"] == context]
-        if stored:
-            progress(
-                f"{path}: going on after {len(self.rows)} rows; {len(stored) - len(self.rows)} are of another state"
-            )
-        if path.exists():
-            rewrite(path)
-
-    def add(self, row: Row) -> None:
-        """Append `row`."""
-        self.rows.append(row | {"context": self.context})
-        append(self.path, json.dumps(self.rows[-1]))
-
-    def of(self, **fields: Any) -> list[Row]:
-        """Rows with these values."""
-        return [row for row in self.rows if all(row.get(name) == value for name, value in fields.items())]
-
-
-def context() -> Row:
-    """What rows of one report have in common."""
-    return {
-        "commit": commit(),
-        "cpu": cpu_name(),
-        "cores": cpu_cores(),
-        "versions": {
-            name: version(name) for name in ("edgemuse", "openvino", "onnxruntime", "numpy", "torch", "nnunetv2")
-        },
-    }
-
-
 def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
     """Every system for `case`, the one that the others are compared with first.
 
@@ -123,22 +87,9 @@ def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
     alone: that another precision saves them nothing shows on the other networks.
     """
     found = [setting for setting in settings(bundle) if (setting.backend, setting.precision) != ("onnxruntime", "fp16")]
-    preferred = found[0].backend
-    ours = []
-    for setting in found:
-        other = setting.backend != preferred
-        if other and (setting.profile == "reference" or (setting.precision != "fp32" and not case.truth)):
-            continue
-        options = ("--backend", setting.backend, "--device", setting.device, "--precision", setting.precision)
-        name = f"{setting.profile} | {setting.backend} | {setting.precision}"
-        times = 0 if other else repeats
-        ours.append(System(name, ("--profile", setting.profile, *options), repeats=times))
-        if (setting.profile, setting.precision) == ("reference", "fp32") and case.unmirrored:
-            arguments = (*ours[-1].arguments, "--model", str(case.unmirrored))
-            ours.append(System(f"reference, mirroring off | {setting.backend} | fp32", arguments, repeats=times))
-        if (setting.precision, setting.profile, setting.backend) == ("int8", "fast", preferred) and not case.truth:
-            limited = (*ours[-1].arguments, "--max-ram", SMALL_RAM)
-            ours.append(System(f"fast, --max-ram {SMALL_RAM} | {setting.backend} | int8", limited, repeats=repeats))
+    ours = [
+        system for setting in found for system in _ways(case, setting, setting.backend == found[0].backend, repeats)
+    ]
     ours.sort(key=lambda system: not system.name.startswith("reference"))
     if case.folder is None:
         return ours
@@ -146,16 +97,30 @@ def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
     return ours + [System(f"nnU-Net, mirroring {on} | PyTorch | fp32", nnunet=on, repeats=repeats) for on in mirrors]
 
 
+def _ways(case: Case, setting: Setting, preferred: bool, repeats: int) -> Iterator[System]:
+    """The systems of one setting: as it is, unmirrored, with little memory; `auto` takes a `preferred` backend."""
+    if not preferred and (setting.profile == "reference" or (setting.precision != "fp32" and not case.truth)):
+        return
+    where = f"{setting.backend} | {setting.precision}"
+    options = ("--backend", setting.backend, "--device", setting.device, "--precision", setting.precision)
+    arguments = ("--profile", setting.profile, *options)
+    times = repeats if preferred else 0
+    yield System(f"{setting.profile} | {where}", arguments, repeats=times)
+    if (setting.profile, setting.precision) == ("reference", "fp32") and case.unmirrored:
+        unmirrored = (*arguments, "--model", str(case.unmirrored))
+        yield System(f"reference, mirroring off | {where}", unmirrored, repeats=times)
+    if (setting.profile, setting.precision) == ("fast", "int8") and preferred and not case.truth:
+        yield System(f"fast, --max-ram {SMALL_RAM} | {where}", (*arguments, "--max-ram", SMALL_RAM), repeats=times)
+
+
 @dataclass(frozen=True)
 class Bench:
-    """A case being measured: its opened bundle, its systems, where files go and what is known already."""
+    """A case being measured: its opened bundle, its systems, where files and rows go, and which systems failed."""
 
     case: Case
     bundle: Bundle
     systems: Sequence[System]
-    work: Path
-    rows: RowCache
-    progress: Progress
+    place: Workplace
     failed: dict[System, str] = field(default_factory=dict)
 
     def run_all(self) -> None:
@@ -166,7 +131,7 @@ class Bench:
                     self.row(system, scan, 0)
         for number in range(1 + max(system.repeats for system in self.systems)):
             for system in self.systems:
-                first = self.rows.of(**self.key(system, self.case.timed, 0))
+                first = self.place.of(**self.key(system, self.case.timed, 0))
                 if number == 0 or (number <= system.repeats and first and first[0]["seconds"] < LONG):
                     self.row(system, self.case.timed, number)
 
@@ -178,7 +143,7 @@ class Bench:
     def row(self, system: System, scan: Path, number: int) -> None:
         """Measure one run, unless that was done and its files are still there."""
         key, labels = self.key(system, scan, number), self.labels_path(system, scan)
-        if system in self.failed or (self.rows.of(**key) and labels.exists()):
+        if system in self.failed or (self.place.of(**key) and labels.exists()):
             return
         labels.parent.mkdir(parents=True, exist_ok=True)
         cache = labels.parent / "cache"
@@ -188,17 +153,15 @@ class Bench:
             run = measure(self.command(system, scan), os.environ | {"EDGEMUSE_CACHE_DIR": str(cache)})
         except ProcessFailure as error:
             self.failed[system] = str(error)
-            self.progress(f"{self.case.name}: {system.name}: left out: {error}")
+            say(f"{self.case.name}: {system.name}: left out: {error}")
             return
         row = key | {"seconds": run.seconds, "peak": run.peak} | self.made(system, scan) | self.scores(system, scan)
-        self.rows.add(row)
-        self.progress(
-            f"{self.case.name}: {system.name}, {scan.name}, run {number}: {run.seconds:.1f} s, {run.peak / 1e9:.2f} GB"
-        )
+        self.place.add(row)
+        say(f"{self.case.name}: {system.name}, {scan.name}, run {number}: {run.seconds:.1f} s, {run.peak / 1e9:.2f} GB")
 
     def labels_path(self, system: System, scan: Path) -> Path:
         """Where the labels of `system` for `scan` go."""
-        folder = self.work / "out" / system.folder
+        folder = self.place.folder / "out" / system.folder
         return folder / f"{scan.name}.npy" if system.nnunet else output_paths(folder, scan_stem(scan))["dseg.nii.gz"]
 
     def command(self, system: System, scan: Path) -> list[str]:
@@ -271,7 +234,7 @@ def summarise(bench: Bench) -> list[Row]:
     for system in bench.systems:
         if system in bench.failed:
             continue
-        runs = bench.rows.of(case=bench.case.name, bundle=bench.bundle.sha256, system=system.name)
+        runs = bench.place.of(case=bench.case.name, bundle=bench.bundle.sha256, system=system.name)
         timed = sorted((row for row in runs if row["scan"] == bench.case.timed.name), key=lambda row: row["number"])
         later = timed[1:] or timed
         warm = later if not system.nnunet else timed
@@ -292,57 +255,34 @@ def summarise(bench: Bench) -> list[Row]:
     return summaries
 
 
-def quick(case: Case, every: Iterable[System]) -> tuple[Case, list[System]]:
-    """A case and systems that are done in a minute."""
-    few = [system for system in every if "openvino" in system.name or system.nnunet]
-    return Case(case.name, case.bundle, case.folder, case.timed, (), case.truth), few
+def measured(name: str, shared: Path, place: Workplace, model_folder: Path | None) -> str:
+    """The part of the page called `name`; nnU-Net runs in `model_folder`, if that is given, else in the case's own."""
+    part = PARTS[name]
+    case = part.make(shared, place.folder, say)
+    case = replace(case, folder=model_folder or case.folder)
+    bundle = open_bundle(case.bundle)
+    bench = Bench(case, bundle, systems(case, bundle, part.repeats), place)
+    bench.run_all()
+    left_out = {system.name: reason for system, reason in bench.failed.items()}
+    say("measuring the peak of the processor")
+    text = network_part(summarise(bench), left_out, peaks(), place.machine)
+    return joined(place.age([named(case.name, bundle.sha256)], f"performance-{name}"), text)
 
 
 @click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-@click.option("--repeats", default=3, show_default=True, help="Warm runs of each system, in turn.")
-@click.option("--quick", "fast", is_flag=True, help="The development model and OpenVINO alone, one warm run.")
+@page_options("performance")
 @click.option("--part", "names", multiple=True, type=click.Choice(list(PARTS)), default=list(PARTS), help="Measure "
               "only this; the page keeps what it says of the rest.  [default: all]")  # fmt: skip
-@click.option("--built-in-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
-              help="The model folder that the built-in model was exported from, to run nnU-Net on it.")  # fmt: skip
-@click.option("--work", type=click.Path(path_type=Path), help="Folder for models, labels and engines.  [default: in "
-              "the user's cache]")  # fmt: skip
-def main(
-    shared: Path,
-    output: Path,
-    repeats: int,
-    fast: bool,
-    names: tuple[str, ...],
-    built_in_folder: Path | None,
-    work: Path | None,
-) -> None:
-    """Measure all systems; 45 minutes or more on two idle cores, half of it nnU-Net. Interrupted, it goes on."""
-    progress = partial(click.echo, err=True)
-    folder = work or Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "performance"
-    rows = RowCache(output.with_suffix(".jsonl"), context(), progress)
-    makers: dict[str, Callable[[Path, Path, Progress], Case]] = {
-        "dev": cases.development,
-        "builtin": partial(cases.built_in, folder=built_in_folder),
-        "dlmuse": cases.dlmuse,
-    }
-    parts = parts_of(output.read_text(encoding="utf-8") if output.exists() else "")
-    chosen = ["dev"] if fast else [name for name in makers if name in names]
-    progress("measuring the peak of the processor")
-    best = peaks()
-    for name in chosen:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        case = makers[name](shared, folder / name, progress)
-        bundle = open_bundle(case.bundle)
-        every = systems(case, bundle, 1 if fast else repeats)
-        case, every = quick(case, every) if fast else (case, every)
-        bench = Bench(case, bundle, every, folder / name, rows, progress)
-        bench.run_all()
-        left_out = {system.name: reason for system, reason in bench.failed.items()}
-        parts[PARTS[name]] = network_part(summarise(bench), left_out, best, rows.context)
-    output.write_text(page({title: parts[title] for title in PARTS.values() if title in parts}), encoding="utf-8")
-    click.echo(output)
+@click.option("--built-in-folder", type=FOLDER, help="The model folder that the built-in model was exported from, to "
+              "run nnU-Net on it.")  # fmt: skip
+def main(shared: Path, output: Path, work: Path, names: tuple[str, ...], built_in_folder: Path | None) -> None:
+    """Measure every system on three networks, one after the other."""
+    for name in names:
+        place = Workplace(work / name, state())
+        text = measured(name, shared, place, built_in_folder if name == "built-in" else None)
+        parts = parts_of(output.read_text(encoding="utf-8") if output.exists() else "") | {PARTS[name].title: text}
+        known = {part.title: parts[part.title] for part in PARTS.values() if part.title in parts}
+        place.publish(output, parted("performance", "Performance", INTRODUCTION, known))
 
 
 if __name__ == "__main__":

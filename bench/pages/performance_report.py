@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from edgemuse.bench.measure.rows import Row
+from edgemuse.bench.pages.page import joined, table
 
-INTRODUCTION = """<!-- Written by: python -m edgemuse.bench.pages.performance ../shared -o docs/performance.md -->
-# Performance
-
+INTRODUCTION = """
 Every run is a process of its own, from its start to its files on disk. *Time*: median of the runs that found a
 compiled engine, in turn with all other systems; *cold*: the first run, which compiles it. *Ratio*: nnU-Net's
 predictor in the same session over this. *Peak*: highest resident memory. *Agreement*: mean Dice with the labels of
@@ -29,28 +28,11 @@ some of them, so a share of the peak may be flattering. *Infer* is the stage, *r
 STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write")
 
 
-def page(parts: Mapping[str, str]) -> str:
-    """The page of its parts by their titles."""
-    texts = [INTRODUCTION.strip(), *(f"## {title}\n\n{part.strip()}" for title, part in parts.items())]
-    return "\n\n".join(texts) + "\n"
-
-
-def parts_of(text: str) -> dict[str, str]:
-    """The parts of a page that was written before, by their titles."""
-    found = (part.partition("\n") for part in text.split("\n## ")[1:])
-    return {title: part for title, _, part in found}
-
-
-def network_part(rows: Sequence[Row], left_out: Mapping[str, str], peaks: Mapping[str, float], context: Row) -> str:
+def network_part(rows: Sequence[Row], left_out: Mapping[str, str], peaks: Mapping[str, float], machine: str) -> str:
     """What was measured of one network; `left_out`: why a system did not run, by its name."""
-    parts = [_machine(context), _overview(rows), *(f"Did not run: {name}: {why}\n" for name, why in left_out.items())]
-    parts += ["### Stages, seconds\n", _stages(rows), "### Share of the processor's peak\n", _roofline(rows, peaks)]
-    return "\n".join(parts)
-
-
-def _machine(context: Row) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
-    return f"{context['cpu']}, {context['cores']} cores; commit {context['commit']}; {versions}.\n"
+    parts = [machine, _overview(rows), *(f"Did not run: {name}: {why}" for name, why in left_out.items())]
+    parts += ["### Stages, seconds", _stages(rows), "### Share of the processor's peak", _roofline(rows, peaks)]
+    return joined(*parts)
 
 
 def _overview(rows: Sequence[Row]) -> str:
@@ -101,10 +83,3 @@ def _roofline(rows: Sequence[Row], peaks: Mapping[str, float]) -> str:
         shares.append([*cells, f"{best / row['stages']['infer']:.0%}", f"{best / row['seconds']:.0%}"])
     header = ("profile | backend | precision", "tiles", "GFLOP", "GFLOP/s", "infer of peak", "run of peak")
     return f"Peak, GFLOP/s: {reached}.\n\n{table(header, shares)}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a header such as `a | b` stands for as many columns."""
-    columns = " | ".join(header)
-    lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

@@ -1,14 +1,13 @@
 """TensorRT-RTX engines, built without a GPU.
 
-`python -m edgemuse.bench.pages.tensorrt_builds SHARED -o docs/tensorrt.md`
-
 DLMUSE's network (its plans, random weights) and the built-in model, in fp32, fp16 and int8, for several compute
-capabilities: built or why not, size, seconds, memory. Each build is a process of its own. Then what is said where
-something does not fit. The scales of the int8 graphs are not calibrated.
+capabilities: whether they build, and their size, seconds and memory. Each build is a process of its own. The page also
+lists what edgemuse says where something does not fit. The scales of the int8 graphs are not calibrated.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edgemuse.bench.measure.rows import state
 from edgemuse.bench.measure.uncalibrated import to_int8
+from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.program import Workplace, page_options, say
 from edgemuse.calibration.half import half_precision
 from edgemuse.engines.errors import BackendError
-from edgemuse.engines.hardware import cpu_cores, cpu_name, peak_memory
+from edgemuse.engines.hardware import peak_memory
 from edgemuse.engines.protocol import EngineOptions, TileShape
 from edgemuse.engines.registry import build_engine, choose
 from edgemuse.runtime.model.builtin import BUILT_IN
@@ -41,6 +44,8 @@ GRAPHS: dict[str, Callable[[bytes], bytes]] = {
     "int8": to_int8,
     "int8, else fp16": lambda graph: to_int8(half_precision(graph)),
 }
+OLDEST = CAPABILITIES[0]
+"""Turing, which lacks convolutions in fp32."""
 MEMORY_LIMIT = 4e9
 CHILD = """
 import json, sys
@@ -49,81 +54,38 @@ from edgemuse.bench.pages.tensorrt_builds import build_one
 graph, shape, precision, capability, folder = sys.argv[1:]
 print(json.dumps(build_one(Path(graph).read_bytes(), tuple(json.loads(shape)), precision, capability, Path(folder))))
 """
-TEXT = """<!-- Written by: python -m edgemuse.bench.pages.tensorrt_builds -->
-# TensorRT
+INTRODUCTION = """# TensorRT engines, built without a GPU
 
-For NVIDIA GPUs. `pip install "edgemuse[tensorrt]"` brings TensorRT-RTX and cuda-python; then `edgemuse devices` says
-whether the GPU and its driver will do. `auto` takes the GPU only where `edgemuse tune` found it to be the fastest. If
-the GPU fails or runs out of memory, the CPU takes over once; stderr and `instead_of` in the provenance say so. What
-was named, by `--backend` or `--device`, is not replaced: then it is an error.
-
-NVIDIA's `tensorrt` 10 or 11 runs by the same code where `tensorrt_rtx` is not installed, for GPUs that TensorRT-RTX
-does not know. It comes from NVIDIA's own package index and builds only for the GPU that it finds. The provenance
-records which of the two ran. Of several GPUs the first is used; `CUDA_VISIBLE_DEVICES` chooses another.
-
-## Ahead of time
-
-On any machine, no GPU needed:
-
-```
-edgemuse build dlmuse.bundle --compute-capability 8.6 -o engines
-```
-
-On the machine with the GPU, which finds them in that folder:
-
-```
-EDGEMUSE_CACHE_DIR=engines edgemuse segment T1.nii.gz --model dlmuse.bundle -o out
-```
-
-An engine is found by the hash of its graph, the versions of edgemuse and TensorRT-RTX, compute capability, precision
-and tile shape. Engines of TensorRT-RTX are bound to nothing else; those of `tensorrt` also to the GPU's model, its
-driver and the operating system. One that is damaged or does not load is built again, and stderr says why. The file is
-the engine as the library made it, after 32 bytes of SHA-256. TensorRT-RTX compiles kernels when an engine first runs;
-they are kept in the same folder, for the next start.
-
-## Precision
-
-Networks are strongly typed: the graph says what is fp32, fp16 or int8. edgemuse compares that with what was asked
-for, and switches TF32 off, so that fp32 is fp32. Weights that a bundle stores in half precision and casts back are
-taken as they are: the built-in model's are. Tile shapes are fixed when an engine is built.
-
-Compute capability 7.5 (Turing): TensorRT-RTX has no fp32 convolutions in 3D for it. fp16 builds, and so does int8 if
-all that is not quantised is fp16, which takes scales in fp16 and opset 19.
-
-## What was tested
-
-- Engines of the real TensorRT-RTX, below: parsed and built, not run.
-- Running them, choosing the GPU, falling back and every failure: over fakes of CUDA, of `tensorrt_rtx` 1 and of
-  `tensorrt` 10 and 11, which check the order of calls, the size of every buffer and the numbers that come out
-  (`python -m pytest tests/engines/test_tensorrt.py tests/runtime/test_build.py`).
-- Not tested: anything on a real GPU, so neither speed nor accuracy; the real `tensorrt`; Windows and ARM.
+Parsed and built by the real TensorRT-RTX, for several compute capabilities, but not run: nothing here was measured on a
+GPU. [GPUs](../guide/gpus.md) says how to install and use TensorRT.
 
 ## Engines
 
 The fp16 graphs are those that `edgemuse calibrate` makes. The int8 graphs quantise the same operations as its do, with
-scales that were not calibrated: good for this table and nothing else.
+scales that were not calibrated: good for this table and nothing else. Each build is a process of its own.
 """
+HEADER = ("network", "precision", "compute capability", "result", "size", "seconds", "peak memory")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A graph in fp32 and the patch it runs on."""
+    """A graph in fp32, the patch it runs on, and the hash of the model or, where there is no bundle, of the graph."""
 
     name: str
     graph: bytes
     patch: Shape
+    sha256: str
 
     @property
     def shape(self) -> TileShape:
-        """Of one tile."""
+        """The shape of one tile, with batch and channel."""
         return (1, 1, *self.patch)
 
 
-def networks(shared: Path, work: Path) -> Iterator[Network]:
-    """The built-in model, and DLMUSE's network with random weights, made in `work`."""
+def built_in() -> Network:
+    """The built-in model's network."""
     bundle = open_bundle(BUILT_IN)
-    yield Network("built-in model", bundle.graph("fp32"), bundle.manifest.network.patch)
-    yield dlmuse(shared, work)
+    return Network("built-in model", bundle.graph("fp32"), bundle.manifest.network.patch, bundle.sha256)
 
 
 def dlmuse(shared: Path, work: Path) -> Network:
@@ -138,7 +100,7 @@ def dlmuse(shared: Path, work: Path) -> Network:
     (checkpoint,) = read_checkpoints(folder, ("0",), "checkpoint_final.pth")
     plan = read_plan(folder, checkpoint.configuration)
     graph = export_graph(backbone([load_network(plan.architecture, checkpoint)]), plan.patch)
-    return Network("DLMUSE", graph, plan.patch)
+    return Network("DLMUSE", graph, plan.patch, hashlib.sha256(graph).hexdigest())
 
 
 def build_one(graph: bytes, shape: TileShape, precision: str, capability: str, folder: Path) -> dict[str, Any]:
@@ -160,20 +122,24 @@ def build_apart(graph: Path, shape: TileShape, precision: str, capability: str, 
     return result
 
 
-def build_rows(network: Network, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A row of the table and its measurement for every precision and compute capability."""
+def build_all(network: Network, place: Workplace) -> Iterator[tuple[list[str], bool]]:
+    """A row of the table for every precision and compute capability, and whether it is as it should be."""
     for name, convert in GRAPHS.items():
-        path = work / "graph.onnx"
+        path = place.folder / "graph.onnx"
         path.write_bytes(convert(network.graph))
         for capability in CAPABILITIES:
-            found = build_apart(path, network.shape, name.split(",")[0], capability, work / "engines")
-            yield f"| {network.name} | {name} | {capability} | {_cells(found)} |", found
+            cells = [network.name, name, capability]
+            arguments = (path, network.shape, name.split(",")[0], capability, place.folder / "engines")
+            found = place.once(", ".join(cells), partial(build_apart, *arguments))
+            cells += _cells(found)
+            say(", ".join(cells))
+            yield cells, found.get("peak", 0) < MEMORY_LIMIT and ("path" in found or capability == OLDEST)
 
 
-def _cells(found: dict[str, Any]) -> str:
+def _cells(found: dict[str, Any]) -> list[str]:
     if "error" in found:
-        return f"{_short(found['error'])} | | | "
-    return f"built | {found['bytes'] / 1e6:.1f} MB | {found['seconds']:.1f} s | {found['peak'] / 1e9:.2f} GB"
+        return [_short(found["error"]), "", "", ""]
+    return ["built", f"{found['bytes'] / 1e6:.1f} MB", f"{found['seconds']:.1f} s", f"{found['peak'] / 1e9:.2f} GB"]
 
 
 def _short(message: str) -> str:
@@ -241,43 +207,32 @@ def _with_unknown_operation(graph: bytes) -> bytes:
     return data
 
 
-def loading_rows() -> Iterator[str]:
+def loading_rows() -> Iterator[list[str]]:
     """What TensorRT finds wrong with an engine, and the words that edgemuse has for it."""
     from edgemuse.engines.tensorrt import COMPLAINTS, MISMATCHES
 
-    yield from (f"| `{flag}` | {meaning} |" for flag, meaning in MISMATCHES.items())
-    yield from (f"| a message with “{part}” | {meaning} |" for part, meaning in COMPLAINTS.items())
+    yield from ([f"`{flag}`", meaning] for flag, meaning in MISMATCHES.items())
+    yield from ([f"a message with “{part}”", meaning] for part, meaning in COMPLAINTS.items())
 
 
 @click.command()
-@click.argument("shared", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write.")
-def main(shared: Path, output: Path) -> None:
+@page_options("tensorrt")
+def main(shared: Path, output: Path, work: Path) -> None:
     """Build all engines; exit code 1 if one of 8.0 or later does not build, or takes 4 GB."""
     import tensorrt_rtx
 
-    lines = [TEXT, "| network | precision | compute capability | result | size | seconds | peak memory |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    ok = True
+    place = Workplace(work, state(tensorrt_rtx=tensorrt_rtx.__version__))
     with tempfile.TemporaryDirectory() as name:
-        for network in networks(shared, Path(name)):
-            for row, found in build_rows(network, Path(name)):
-                click.echo(row, err=True)
-                lines.append(row)
-                ok &= found.get("peak", 0) < MEMORY_LIMIT and ("path" in found or " 7.5 " in row)
-        said = list(mismatches(network))
-    machine = f"tensorrt_rtx {tensorrt_rtx.__version__}, {cpu_name()}, {cpu_cores()} cores, no GPU."
-    lines += ["", f"{machine} One process a build; its seconds depend on what else runs.", ""]
-    lines += ["## What edgemuse says", "", "| what does not fit | message |", "|---|---|"]
-    lines += [f"| {what} | {message.replace('|', '/')} |" for what, message in said]
-    lines += [
-        "",
-        "What TensorRT says of an engine that does not load or run, tried over fakes:",
-        "",
-    ]
-    lines += ["| TensorRT says | edgemuse says |", "|---|---|", *loading_rows(), ""]
-    output.write_text("\n".join(lines), encoding="utf-8")
-    raise SystemExit(0 if ok else 1)
+        networks = [built_in(), dlmuse(shared, Path(name))]
+    found = [row for network in networks for row in build_all(network, place)]
+    said = [[what, message.replace("|", "/")] for what, message in mismatches(networks[-1])]
+    first = place.age([named(network.name, network.sha256) for network in networks], "tensorrt")
+    builds, messages = table(HEADER, [cells for cells, _ in found]), table(("what does not fit", "message"), said)
+    loading = table(("TensorRT says", "edgemuse says"), loading_rows())
+    titles = "## What edgemuse says", "What TensorRT says of an engine that does not load or run, tried over fakes:"
+    texts = (INTRODUCTION, builds, place.machine, titles[0], messages, titles[1], loading)
+    place.publish(output, joined(first, *texts))
+    raise SystemExit(0 if all(as_wanted for _, as_wanted in found) else 1)
 
 
 if __name__ == "__main__":

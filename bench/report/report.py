@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from edgemuse.bench.measure.mlperf import SHARES, scenarios
-from edgemuse.bench.measure.rows import Row
+from edgemuse.bench.measure.rows import Row, machine_text, versions_text
 from edgemuse.bench.measure.run import label_path
 from edgemuse.bench.measure.scaling import AXES, curves
 from edgemuse.bench.measure.scores import Accuracy
@@ -142,14 +142,11 @@ def _mlperf(rows: Sequence[Row]) -> Section:
 
 def _environment(rows: Sequence[Row], command: str) -> str:
     row = rows[0]
-    machine = row["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
     scans = dict.fromkeys(row["scan"] for row in rows if row["kind"] == "run")
     lines = [
         f"Made by `{command}`." if command else "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}; "
-        f"threads: {row['threads'] or 'as each system chooses'}.",
-        f"{versions}; commit {row['commit']}.",
+        f"{machine_text(row)}; threads: {row['threads'] or 'as each system chooses'}.",
+        f"{versions_text(row)}; commit {row['commit']}.",
         f"Network {row['bundle_sha256'][:12]}; scans: {', '.join(scans)}.",
         "No system ran on a GPU." if _devices(rows) <= {"CPU"} else "GPU memory is not measured.",
         "Energy is not reported: this machine lets nobody read its RAPL counters."

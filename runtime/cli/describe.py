@@ -122,8 +122,8 @@ def _records(title: str, record: object, indent: str = "") -> list[str]:
 RANKING = (
     "auto takes what 'edgemuse tune' found to be fastest for a bundle on this machine. For one that was not tuned it "
     "takes the first backend that is usable, in the fastest precision that passed the bundle's accuracy gate (fp32 if "
-    "none did). OpenVINO comes first: it is the fastest that was measured (docs/performance.md); TensorRT has not been "
-    "measured on a GPU yet, so it comes last. Name a backend or precision to override this."
+    "none did). OpenVINO comes first: it is the fastest that was measured (docs/measured/performance.md); TensorRT has "
+    "not been measured on a GPU yet, so it comes last. Name a backend or precision to override this."
 )
 
 

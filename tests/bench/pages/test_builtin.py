@@ -4,7 +4,7 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
 pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
 
-from edgemuse.bench.pages.builtin import DEVELOPMENT, ISLANDS, MAIN, MEANS, NOT_COMPARED, VXM, _checks, report
+from edgemuse.bench.pages.builtin import DEVELOPMENT, ISLANDS, MAIN, MEANS, NOT_COMPARED, VXM, Found, report
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import open_bundle
 
@@ -15,7 +15,7 @@ HEADS = {"head": ({2: 1.0, 5: 1.2}, 1.3)}
 
 
 def fallen_short(real=GOOD, each=(GOOD,), heads=HEADS):
-    return [what for what, (_, holds) in _checks(real, list(each), heads).items() if not holds]
+    return [what for what, (_, holds) in Found({VXM: real}, each, heads, {}).checks.items() if not holds]
 
 
 def test_a_model_that_is_good_everywhere_falls_short_of_nothing():
@@ -41,8 +41,9 @@ def test_every_figure_can_fall_short():
 def test_the_page_has_every_structure_and_every_mean():
     rng = np.random.default_rng(0)
     real = {column: dict(zip(STRUCTURES, rng.random(32), strict=True)) for column in (VXM, ISLANDS, DEVELOPMENT)}
-    table = {"scan": {"as scanned": 0.9}}
-    page = report(BUNDLE, real, [GOOD], HEADS, table, _checks(real[VXM], [GOOD], HEADS))
+    names = {label.index: label.name for label in BUNDLE.manifest.labels}
+    page = report(names, Found(real, [GOOD], HEADS, {"scan": {"as scanned": 0.9}}))
+    assert "| as scanned | 0.900 |" in page
     rows = {line.split(" | ")[0].strip("|* "): line for line in page.splitlines() if line.startswith("| ")}
     for column, scores in enumerate(real.values()):
         assert f"{scores[10]:.3f}" == rows["10 left_thalamus"].strip("| ").split(" | ")[2 + column]

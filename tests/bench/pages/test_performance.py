@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from bundles import CommandLine, edit_manifest, replace_file, tiny_bundle, tiny_graph, write_scan
+from click.testing import CliRunner
 
 for library in ("torch", "nnunetv2", "nncf"):
     pytest.importorskip(library, reason=f"needs {library}: pip install 'edgemuse[bench,calibrate]'")
@@ -18,11 +19,14 @@ for library in ("torch", "nnunetv2", "nncf"):
 from edgemuse.bench.measure.cases import Case, without_mirroring
 from edgemuse.bench.measure.process import ProcessFailure, Run
 from edgemuse.bench.pages import performance
-from edgemuse.bench.pages.performance import Bench, RowCache, summarise, systems
-from edgemuse.bench.pages.performance_report import network_part, page, parts_of
+from edgemuse.bench.pages.page import AGE
+from edgemuse.bench.pages.performance import PARTS, Bench, Part, summarise, systems
+from edgemuse.bench.pages.performance_report import network_part
+from edgemuse.bench.pages.program import Workplace
 from edgemuse.runtime.model.bundle import open_bundle
 
-CONTEXT = {"commit": "abc", "cpu": "a processor", "cores": 2, "versions": {"openvino": "1"}}
+STATE = {"commit": "abc", "machine": {"cpu": "a processor"}, "versions": {"openvino": "1"}}
+MACHINE = {"cpu": "a processor", "cores": 2, "memory_bytes": 0, "system": "none"}
 
 
 @pytest.fixture
@@ -46,9 +50,8 @@ def bench(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr(performance, "measure", measure)
     bundle = open_bundle(case.bundle)
-    rows = RowCache(tmp_path / "rows.jsonl", CONTEXT, lambda line: None)
     few = [system for system in systems(case, bundle, 2) if "openvino" in system.name]
-    return Bench(case, bundle, few, tmp_path / "work", rows, lambda line: None)
+    return Bench(case, bundle, few, Workplace(tmp_path / "work", STATE))
 
 
 def test_systems_begin_with_what_the_others_are_compared_with(case: Case) -> None:
@@ -70,12 +73,12 @@ def test_reference_is_measured_without_mirroring_too(bench: Bench, tmp_path: Pat
     assert [system.name for system in every] == [f"reference{how} | openvino | fp32" for how in ("", ", mirroring off")]
     bench = replace(bench, case=case, systems=every)
     bench.run_all()
-    assert [row["copies"] for row in bench.rows.of(number=0)] == [2, 1]
+    assert [row["copies"] for row in bench.place.of(number=0)] == [2, 1]
 
 
 def test_first_runs_are_cold_and_the_others_take_turns(bench: Bench) -> None:
     bench.run_all()
-    rows = bench.rows.rows
+    rows = bench.place.rows
     numbers = [row["number"] for row in rows]
     assert numbers == sorted(numbers)
     assert numbers.count(0) == numbers.count(1) == numbers.count(2) == len(bench.systems)
@@ -89,27 +92,21 @@ def test_first_runs_are_cold_and_the_others_take_turns(bench: Bench) -> None:
 def test_what_is_slow_runs_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(performance, "LONG", 0.0)
     bench.run_all()
-    assert len(bench.rows.rows) == len(bench.systems)
+    assert len(bench.place.rows) == len(bench.systems)
 
 
-def test_an_interrupted_command_goes_on(bench: Bench) -> None:
+def test_an_interrupted_command_goes_on(bench: Bench, tmp_path: Path) -> None:
     bench.run_all()
-    path, lines = bench.rows.path, bench.rows.path.read_text().splitlines(keepends=True)
+    path = bench.place.folder / "rows.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:20])
-    rows = RowCache(path, CONTEXT, lambda line: None)
-    assert len(rows.rows) == 3
-    Bench(bench.case, bench.bundle, bench.systems, bench.work, rows, lambda line: None).run_all()
+    place = Workplace(tmp_path / "work", STATE)
+    assert len(place.rows) == 3
+    Bench(bench.case, bench.bundle, bench.systems, place).run_all()
     done = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["system"], row["number"]) for row in done] == [
         (row["system"], row["number"]) for row in map(json.loads, lines)
     ]
-
-
-def test_rows_of_another_commit_do_not_count(bench: Bench) -> None:
-    bench.rows.add({"system": "a"})
-    said: list[str] = []
-    assert RowCache(bench.rows.path, CONTEXT | {"commit": "other"}, said.append).rows == []
-    assert "going on after 0 rows; 1 are of another state" in said[0]
 
 
 def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Bench, tmp_path: Path) -> None:
@@ -121,7 +118,7 @@ def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Be
     truth[0] = 777
     write_scan(tmp_path / "truth.nii.gz", truth.astype(np.int16))
     known = Case("tiny", bench.case.bundle, None, bench.case.timed, (), tmp_path / "truth.nii.gz")
-    scored = Bench(known, bench.bundle, bench.systems, bench.work, bench.rows, lambda line: None)
+    scored = Bench(known, bench.bundle, bench.systems, bench.place)
     dice = scored.scores(system, bench.case.timed)["dice"]
     others = [n for n in np.unique(labels[1:]) if n not in (0, labels.max())]
     expected = [2 * (labels[1:] == n).sum() / ((labels[1:] == n).sum() + (labels == n).sum()) for n in others]
@@ -136,7 +133,7 @@ def test_dice_is_over_the_structures_of_the_truth_that_the_model_knows(bench: Be
 
 def test_a_part_has_three_rows_for_every_system(bench: Bench) -> None:
     bench.run_all()
-    part = network_part(summarise(bench), {"a": "why"}, {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, CONTEXT)
+    part = network_part(summarise(bench), {"a": "why"}, {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, "a processor")
     for system in bench.systems:
         assert part.count(f"| {system.name} |") == 3  # time, stages, share of the peak
     lines = part.splitlines()
@@ -145,16 +142,38 @@ def test_a_part_has_three_rows_for_every_system(bench: Bench) -> None:
     assert lines[header + 2].count("|") == lines[header].count("|")
     assert "fp32 100, bf16 200, int8 400" in part
     assert "Did not run: a: why" in part
-    assert "a processor, 2 cores; commit abc" in part
+    assert part.startswith("a processor\n")
 
 
-def test_a_page_gives_its_parts_back() -> None:
-    parts = {"One": "text\n\n### Below\n\n| a |\n", "Two": "more\n"}
-    text = page(parts)
-    found = parts_of(text)
-    assert page(found) == text
-    assert list(found) == ["One", "Two"]
-    assert parts_of("") == {}
+def test_a_part_is_written_into_the_page(
+    case: Case, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its age first; the part that is not measured again stays, in its place, and its rows are not used again."""
+    page, seen = tmp_path / "performance.md", list[Case]()
+    kept = f"## {PARTS['dlmuse'].title}\n\n*Measured on 2026-01-02 at commit def: network 1. Written by `x`.*\n"
+    page.write_text(f"# Performance\n\n{kept}")
+
+    def run_all(self: Bench) -> None:
+        seen.append(self.case)
+        self.row(self.systems[0], self.case.timed, 0)
+
+    monkeypatch.setattr(Bench, "run_all", run_all)
+    monkeypatch.setitem(PARTS, "built-in", Part("Built-in model", lambda *arguments: case, 1))
+    monkeypatch.setattr(performance, "summarise", lambda bench: [])
+    monkeypatch.setattr(performance, "peaks", dict)
+    monkeypatch.setattr(performance, "state", lambda: {"commit": "abc", "machine": MACHINE, "versions": {}})
+    arguments = [str(tmp_path), "-o", str(page), "--work", str(tmp_path / "other"), "--part", "built-in"]
+    for folder in (tmp_path / "m", None):
+        done = CliRunner().invoke(performance.main, [*arguments, *(["--built-in-folder", str(folder)] * bool(folder))])
+        assert done.exit_code == 0, done.output
+        assert seen[-1].folder == folder
+    text = page.read_text()
+    age = AGE.search(text)
+    assert age is not None
+    assert age.group(2, 3) == ("abc", f"tiny {bench.bundle.sha256[:12]}")
+    assert text.index("a processor") > text.index("## Built-in model\n\n*Measured on")
+    assert text.endswith(kept)
+    assert text.startswith("*Measured a part at a time, the oldest on 2026-01-02, the newest on ")
 
 
 def test_a_system_that_fails_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,6 @@ from edgemuse.bench.pages import tensorrt_builds
 from edgemuse.bench.pages.tensorrt_builds import Network, build_one
 from edgemuse.calibration.half import half_precision
 from edgemuse.engines import cache
-from edgemuse.runtime.model.builtin import BUILT_IN
-from edgemuse.runtime.model.bundle import open_bundle
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 CONVERT: dict[str, Callable[[bytes], bytes]] = {"fp32": bytes, "fp16": half_precision, "int8": to_int8}
@@ -34,8 +32,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
     if request.param == "built-in":
-        bundle = open_bundle(BUILT_IN)
-        return Network("built-in", bundle.graph("fp32"), bundle.manifest.network.patch)
+        return tensorrt_builds.built_in()
     pytest.importorskip("nnunetv2", reason="DLMUSE's network is made by nnunetv2: pip install 'edgemuse[bench]'")
     if not (SHARED / "data" / "dlmuse").is_dir():
         pytest.skip(f"{SHARED} with DLMUSE's plans is absent")
@@ -101,7 +98,7 @@ def test_turing_takes_what_computes_in_half_precision(network: Network, tmp_path
 
 
 def test_every_mismatch_is_one_line() -> None:
-    said = dict(tensorrt_builds.mismatches(Network("tiny", tiny_graph(Tiny()), (8, 8, 8))))
+    said = dict(tensorrt_builds.mismatches(Network("tiny", tiny_graph(Tiny()), (8, 8, 8), "")))
     said.pop("tile that does not halve evenly")  # the tiny network halves nothing
     wanted = {
         "no GPU on this machine, `--backend tensorrt`": "no usable backend: tensorrt",

@@ -16,7 +16,7 @@ for package in ("matplotlib", "SimpleITK"):
 from edgemuse.bench.measure.accuracy import Structure, compare
 from edgemuse.bench.measure.rows import CONTEXT, Results
 from edgemuse.bench.measure.run import label_path
-from edgemuse.bench.pages.document import PARTS, document
+from edgemuse.bench.pages.document import PARTS, age_of, document, part_of
 from edgemuse.bench.report.report import sections, write_report
 from edgemuse.bench.report.summary import ratios, summarise
 from edgemuse.calibration.scans import Source
@@ -27,6 +27,7 @@ from edgemuse.runtime.pipeline.segmenter import Segmenter
 BASE, OTHER = "edgemuse/openvino/fp32/reference", "edgemuse/openvino/bf16/reference"
 MACHINE = {"cpu": "none", "cores": 2, "memory_bytes": 0, "system": "none"}
 PAIR = ("one", "two")
+AGED = "*Measured on 2026-01-02 at commit abc: network 123. Written by `x`.*"
 SHARED = dict.fromkeys(CONTEXT, "x") | {"machine": MACHINE, "versions": {}, "threads": None}
 STRUCTURES = [Structure(f"ball {n}", (n,), (n,)) for n in range(1, 9)]
 
@@ -221,7 +222,11 @@ def document_of(monkeypatch, tmp_path, names):
     rows += score_rows(BASE, balls(1), balls(), balls(1)) + score_rows(OTHER, balls(2), balls(), balls(1))
     parts = {name: replace(PARTS["development"], title=name.title(), figures=("pareto", "bland")) for name in PAIR}
     monkeypatch.setattr("edgemuse.bench.pages.document.PARTS", parts)
-    return document({name: list(sections(tmp_path, rows, [], "")) for name in names}, tmp_path / "benchmark.md")
+    target, report = tmp_path / "benchmark.md", list(sections(tmp_path, rows, [], ""))
+    found = {name: part_of(name, AGED, report, "benchmark") for name in names}
+    figures = {tmp_path / "benchmark" / name: data for _, each in found.values() for name, data in each.items()}
+    text = document({name: text for name, (text, _) in found.items()}, target)
+    return figures | {target: text.encode()}
 
 
 def test_the_document_shows_chosen_figures_and_links_to_no_other(tmp_path, monkeypatch):
@@ -232,6 +237,16 @@ def test_the_document_shows_chosen_figures_and_links_to_no_other(tmp_path, monke
     assert text.count("# How it was measured") == 1
     headings = re.findall(r"^(#+) ", text, re.MULTILINE)
     assert [len(mark) for mark in headings if len(mark) < 3] == [1, 2, 2, 2]
+    assert all(f"## {name.title()}\n\n{AGED}\n\n" in text for name in PAIR)
+
+
+def test_a_part_is_as_old_as_its_last_run():
+    rows = [run_row(BASE, 1.0, created=f"2026-01-0{day}T10:00:00+00:00") for day in (1, 3, 2)]
+    rows.append(SHARED | {"kind": "installed", "system": BASE, "bytes": 1})
+    rows = [row | {"commit": "abc", "bundle_sha256": "0123456789abcdef"} for row in rows]
+    line = age_of("built-in", rows)
+    assert line.startswith("*Measured on 2026-01-03 at commit abc: built-in model 0123456789ab. Written by `")
+    assert line.endswith(" --part benchmark-built-in`.*")
 
 
 def test_the_document_keeps_a_part_that_is_not_measured_again(tmp_path, monkeypatch):

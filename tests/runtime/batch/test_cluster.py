@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bundles import CommandLine, Ran, head_image, run_process, write_scan
 
-from edgemuse.bench.pages.many import dask_cluster
+from edgemuse.bench.measure.dask_cluster import dask_cluster
 
 SCANS = 6
 DIES_ONCE = """
