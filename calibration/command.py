@@ -40,7 +40,7 @@ def calibrate(bundle: Path, data: Path, output: Path | None, model_dir: Path | N
     and measured by itself, the second on what the first finds in the scans; the truth counts for the second alone,
     and the first is held against its own fp32.
 
-    Needs NNCF: pip install "edgemuse[calibrate]". The bundle does not.
+    Needs NNCF: pip install ".[calibrate]" in edgemuse's source folder. The bundle does not.
 
     \b
     Example:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError, one_line
+from edgemuse.engines.errors import BackendError, one_line, pip_install
 from edgemuse.engines.protocol import Engine, EngineOptions, TileShape
 
 log = logging.getLogger("edgemuse")
@@ -36,8 +36,8 @@ class Backend:
 
 BACKENDS = (
     Backend("openvino", "edgemuse.engines.openvino", "OpenVINOEngine", "openvino"),
-    Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", "edgemuse[onnxruntime]"),
-    Backend("tensorrt", "edgemuse.engines.tensorrt", "TensorRTEngine", "edgemuse[tensorrt]"),
+    Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", ".[onnxruntime]"),
+    Backend("tensorrt", "edgemuse.engines.tensorrt", "TensorRTEngine", ".[tensorrt]"),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 
@@ -78,7 +78,7 @@ def _import(backend: Backend) -> ModuleType:
             why = "it is not installed"
         else:
             why = f"its installation does not load ({error})".replace("\n", " ")
-        raise BackendError(f'{backend.name}: {why}; run: pip install "{backend.install}"') from error
+        raise BackendError(f"{backend.name}: {why}; {pip_install(backend.install)}") from error
 
 
 def choose(options: EngineOptions) -> tuple[Backend, EngineOptions]:

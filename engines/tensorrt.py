@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     import tensorrt as trt
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError, one_line
+from edgemuse.engines.errors import BackendError, one_line, pip_install
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 from edgemuse.engines.tensorrt_cuda import Stream, find_gpu, pinned
 
@@ -72,7 +72,7 @@ def _check_version() -> None:
     if trt.__version__.partition(".")[0] not in VERSIONS[LIBRARY]:
         raise BackendError(
             f"{LIBRARY} {trt.__version__} is installed, edgemuse works with {' and '.join(VERSIONS[LIBRARY])}; "
-            'run: pip install "edgemuse[tensorrt]"'
+            + pip_install(".[tensorrt]")
         )
 
 

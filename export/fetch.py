@@ -53,7 +53,8 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
     Both networks, DLICV and DLMUSE, come from the repositories of their authors. Every file is checked against the hash
     that the hub states. Run it again after an interruption: it goes on where it stopped.
 
-    Needs PyTorch and a network: pip install "edgemuse[models]". The bundle, whose path is printed, needs neither.
+    Needs PyTorch and a network: pip install ".[models]" in edgemuse's source folder. The bundle, whose path is printed,
+    needs neither.
 
     \b
     Example:

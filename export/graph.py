@@ -96,7 +96,7 @@ def _check_operations(model: onnx.ModelProto) -> None:
     if unknown := sorted({node.op_type for node in model.graph.node} - OPERATIONS):
         raise ModelFolderError(
             f"the network became a graph with {', '.join(unknown)}, which edgemuse does not know; "
-            "use the versions of torch and onnxscript that 'edgemuse[export]' asks for"
+            "use the versions of torch and onnxscript that the extra '.[export]' installs"
         )
 
 
