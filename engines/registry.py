@@ -1,8 +1,8 @@
-"""Which backends exist, which of them work here, and opening one.
+"""The list of backends: which of them work on this machine, which one to use, and how it is opened.
 
-The order of `BACKENDS` is the order of preference of `auto`, by what was measured: OpenVINO is the fastest on CPUs, and
-TensorRT, not measured on a GPU yet, comes last. A backend asked for by name is used or refused, never
-replaced.
+The order of `BACKENDS` is the order of preference of `auto`, and follows what was measured: OpenVINO is the fastest on
+CPUs, and TensorRT, not measured on a GPU yet, comes last. A backend that is asked for by name is used or refused, and
+never replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("edgemuse")
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the registry: module and class are imported on use; `install` is the pip requirement."""
+    """A row of the registry: module and class are imported on use; `install` is what pip is told to install."""
 
     name: str
     module: str
