@@ -1,1 +1,1 @@
-"""Lower precision with its accuracy measured: int8 and fp16 graphs, and the gate that they must pass."""
+"""Calibration: makes int8 and fp16 graphs, and measures whether they pass the accuracy gate."""

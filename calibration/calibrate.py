@@ -1,4 +1,4 @@
-"""From a bundle or cascade with fp32 graphs to one with int8 and fp16 graphs and their accuracy, step by step."""
+"""The steps of `edgemuse calibrate`: a bundle or cascade gets int8 and fp16 graphs, and the accuracy of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from edgemuse.runtime.model.precision import ALWAYS_FP32
 
 FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}
 ATTEMPTS = 3
-"""At most, at leaving layers out of int8."""
+"""How often, at most, layers are left out of int8."""
 LAYERS_PER_ATTEMPT = 1 / 8
 SENSITIVITY_PATCHES = 2
 RECORDED_PACKAGES = ("edgemuse", "nncf", "onnx")
@@ -43,7 +43,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Work:
-    """What all steps share: the bundle as it was, the files that the new one will have, and where drafts are put."""
+    """What all steps share: the bundle as it was, the files that the new one keeps, and the folder for drafts."""
 
     bundle: Bundle
     folder: Path
@@ -66,7 +66,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Int8:
-    """The int8 graph, and which of its `layers` convolutions were left in fp32 by their `errors`."""
+    """The int8 graph. Of its `layers` convolutions `excluded` are fp32, because their `errors` were largest."""
 
     graph: bytes
     layers: int
@@ -77,8 +77,9 @@ class Int8:
 def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Path:
     """Add int8 and fp16 graphs to the bundle at `source`, gate all that this machine can run, and write to `output`.
 
-    Of a cascade, each stage is calibrated and gated by itself: the mask network on the scans, by agreement with its
-    fp32 alone because the truth is not of its classes; the region network on what the former, in fp32, finds in them.
+    Each stage of a cascade is calibrated and gated by itself. The mask network is calibrated on the scans and judged by
+    its agreement with its own fp32 alone, because the truth does not name its classes. The region network is calibrated
+    and judged on what the mask network, in fp32, finds in the scans.
 
     Args:
         source: the bundle or cascade; any lower precision that it has already is made anew.
@@ -91,7 +92,7 @@ def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Pat
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: too few scans, or one that cannot be used: of a cascade, one without a brain.
+        InputError: there are too few scans, or one cannot be used; for a cascade, one holds no brain.
         OutputError: `output` exists and is not `source`, or cannot be written.
         MemoryLimitError: a scan does not fit in memory.
     """
@@ -116,14 +117,14 @@ def calibrate(source: Path, data: Path, output: Path, progress: Progress) -> Pat
 
 
 def _kept(bundle: Bundle) -> Files:
-    """The files that are not made anew, each checked."""
+    """The files that stay as they are, each of them checked."""
     return {name: bundle.read(name) for name in bundle.manifest.files if name not in FILES.values()}
 
 
 def _calibrated_stages(
     cascade: Cascade, chosen: Sequence[Source], held_out: Sequence[Source], folder: Path, progress: Progress
 ) -> tuple[CascadeManifest, list[Bundle]]:
-    """Calibrate `mask`, then `regions`: the manifest that joins them, and both, written into `folder`."""
+    """Calibrate `mask`, then `regions`; return the manifest that joins them and both bundles, written into `folder`."""
     kept = {role: _kept(bundle) for role, bundle in cascade.bundles.items()}
     inputs = stage_inputs(cascade, [*chosen, *held_out], folder, progress)
     stages: dict[str, Bundle] = {}
@@ -161,9 +162,9 @@ def _fp16(work: Work) -> dict[str, bytes]:
 
 
 def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int8, dict[Setting, GateRow]]:
-    """Quantise every convolution; if that does not pass, leave out those that cost most, a few more at each attempt.
+    """Quantise every convolution. If that does not pass, leave out those that cost most, a few more at each attempt.
 
-    Returns the graph, and what was measured of it on the way.
+    Returns the graph and what was measured of it so far.
     """
     work.progress(f"quantising to int8 with {len(patches)} patches")
     quantised = quantise(work.bundle.graph("fp32"), patches)
@@ -182,7 +183,7 @@ def _int8(work: Work, patches: Sequence[Batch], expected: Expected) -> tuple[Int
 
 
 def _int8_setting(bundle: Bundle) -> Setting | None:
-    """The preferred backend's int8, in the first profile that may use it."""
+    """int8 on the preferred backend, in the first profile that may use it; None where no backend offers it."""
     found = (setting for setting in settings(bundle) if setting.precision == "int8")
     return next(found, None)
 

@@ -1,4 +1,4 @@
-"""The scans of a cascade's calibration as each of its two networks gets them, written as NIfTI."""
+"""Writes the scans of a calibration as NIfTI files in the form in which each network of a cascade gets them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def stage_inputs(
 ) -> dict[str, list[Source]]:
     """What the network of each stage is calibrated on, in the order of `sources`.
 
-    For `regions` these are crops: the mask network is run on every scan, fp32 `reference`, and what it finds is cut
-    out as in segmenting, and the truth at the same box. For `mask` they are the scans themselves, without truth: the
-    truth names the structures of the whole, which are not the mask network's classes, whatever numbers they share.
-    Files are written into `folder`; each source keeps the name and the SHA-256 of its scan.
+    For `regions` these are crops: the mask network is run on every scan in fp32 with the profile `reference`, and what
+    it finds is cut out as it is in segmenting; the truth is cut to the same box. For `mask` they are the scans
+    themselves, without a truth: the truth names the structures of the whole model, which are not the classes of the
+    mask network, even where their numbers are the same. Files are written into `folder`; each source keeps the name and
+    the SHA-256 of its scan.
 
     Raises:
         InputError: no brain is found in a scan, or its truth holds no structure where the brain was found.
@@ -50,7 +51,7 @@ def stage_inputs(
 
 
 def _whole(cascade: Cascade, source: Source, turned: Turned, folder: Path) -> Source:
-    """The scan as it is, but turned to the cascade's grid for a network that does not turn it itself."""
+    """The scan as it is; if the network does not turn scans itself, a copy turned to the cascade's orientation."""
     if cascade.mask.manifest.network.orientation is not None:
         return replace(source, truth=None)
     path = _write(folder / source.path.name, turned.image, turned)
@@ -74,7 +75,7 @@ def _truth(cascade: Cascade, truth: Path, crop: Crop, folder: Path) -> Path:
 
 
 def _write(path: Path, data: NDArray[Any], turned: Turned, box: Box | None = None) -> Path:
-    """Write `data`, which lies at `box` of `turned`; voxel sizes are the scan's, from which the affine may differ."""
+    """Write `data`, which lies at `box` of `turned`. The voxel sizes are the scan's own; the affine may differ."""
     affine = turned.affine.copy()
     if box is not None:
         affine[:3, 3] += affine[:3, :3] @ [side.start for side in box]

@@ -25,22 +25,22 @@ from edgemuse.runtime.cli.options import model_dir_option
 )  # fmt: skip
 @model_dir_option
 def calibrate(bundle: Path, data: Path, output: Path | None, model_dir: Path | None) -> None:
-    """Add int8 and fp16 graphs to a bundle and measure what every backend makes of them.
+    """Add int8 and fp16 graphs to a bundle and measure how accurate every backend is with them.
 
-    A third of the scans, at most 8, set the ranges of int8; the others are segmented by every backend, precision and
-    profile that this machine can run, and compared with fp32 under the profile reference, and with the truth where it
-    is known. To pass, the mean Dice against the truth must be at least 99.9 % of fp32's (int8: 99 %), no structure may
-    lose more than 0.02, and the Dice with fp32's labels must be at least 0.98. If int8 fails, the layers that cost most
-    are left in fp32.
+    A third of the scans, at most 8, set the ranges of int8. The others are segmented by every backend, precision and
+    profile that this machine can run. The results are compared with those of fp32 under the profile reference, and with
+    the truth where it is known. To pass, the mean Dice against the truth must be at least 99.9 % of fp32's (int8: 99
+    %), no structure may lose more than 0.02, and the Dice with fp32's labels must be at least 0.98. If int8 fails, the
+    layers that cost most are left in fp32.
 
     The table is stored in the bundle. 'edgemuse info' shows it, and 'segment' chooses by it. Plan for a few
     minutes for each scan in each combination of backend, precision and profile.
 
-    BUNDLE may be a name that 'models list' shows, and a cascade such as DLMUSE. Of a cascade each network is calibrated
-    and measured by itself, the second on what the first finds in the scans; the truth counts for the second alone,
-    and the first is held against its own fp32.
+    BUNDLE may be a name that 'models list' shows, and it may be a cascade such as DLMUSE. Each network of a cascade is
+    calibrated and measured by itself, the second on what the first finds in the scans. Only the second is compared with
+    the truth; the first is compared with its own fp32.
 
-    Needs NNCF: pip install "edgemuse[calibrate]". The bundle does not.
+    Needs NNCF: pip install ".[calibrate]" in edgemuse's source folder. The bundle does not.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Running a bundle in every way this machine can, and holding the results against fp32 `reference`."""
+"""Runs a bundle in every way that this machine can and compares the results with those of `reference` in fp32."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def options(self) -> Options:
-        """For a `Segmenter`. Engines are not cached: most are used this once."""
+        """Options for a `Segmenter`. Engines are not cached, because most are used only this once."""
         return Options(self.profile, self.backend, self.precision, self.device, cache_dir=None)
 
     def __str__(self) -> str:
@@ -46,7 +46,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Expected:
-    """The scans to evaluate on, what `setting`, fp32 `reference`, gave for each, and the truth where it is known."""
+    """What results are compared with.
+
+    `references` are the labels that `setting`, which is `reference` in fp32, gave for each of the scans in `sources`;
+    `truths` are their true labels, where they are known.
+    """
 
     setting: Setting
     sources: tuple[Source, ...]
@@ -58,7 +62,7 @@ class Expected:
 def settings(bundle: Bundle) -> Iterator[Setting]:
     """Every backend, device, precision and profile that can run here.
 
-    The profile that promises nnU-Net's labels is fp32 and is measured in fp32 only.
+    The profile `reference`, which promises nnU-Net's labels, is always fp32 and is measured in fp32 only.
     """
     for status in statuses():
         for device, precisions in status.devices.items():
@@ -105,7 +109,7 @@ def evaluate(bundle: Bundle, setting: Setting, expected: Expected, progress: Pro
 def _segment(
     bundle: Bundle, setting: Setting, sources: Sequence[Source], progress: Progress
 ) -> tuple[tuple[Labels, ...], float]:
-    """Structures of every scan, and the seconds that the network took a scan."""
+    """The structures found in every scan, and the median seconds that the network took for one."""
     maps, seconds = [], []
     with quiet(), Segmenter(bundle, setting.options) as segmenter:
         for number, source in enumerate(sources, start=1):
@@ -118,7 +122,7 @@ def _segment(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the pipeline's warnings, that a precision is not proven for example: here it is being measured."""
+    """Silence the pipeline's warnings, such as that a precision is not proven: here it is being measured."""
     log = logging.getLogger("edgemuse")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 """The accuracy gate: what an engine, precision and profile must reach to be offered by `auto`.
 
-Compared are whole label maps, on the scan's grid, with those of the `reference` profile in fp32.
+Whole label maps, on the grid of the scan, are compared with those of the profile `reference` in fp32.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from edgemuse.runtime.regions.agreement import dice
 from edgemuse.runtime.scan.types import Labels
 
 TRUTH_SHARE = {"int8": 0.99}
-"""Share of the reference's mean Dice against the truth that must be kept."""
+"""The share of the reference's mean Dice against the truth that must be kept, by precision."""
 TRUTH_SHARE_DEFAULT = 0.999
 """The same for fp32, bf16 and fp16."""
 LARGEST_DROP = 0.02
-"""By which no structure's Dice against the truth may fall."""
+"""No structure's Dice against the truth may fall by more than this."""
 SMALLEST_AGREEMENT = 0.98
-"""Dice with the reference."""
+"""The mean Dice with the reference's labels must be at least this."""
 ROUNDING = 1e-9
-"""Differences of means this small are of float64, not of the labels."""
+"""Differences of means up to this size come from float64 arithmetic and not from the labels."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan's label maps, (i, j, k) class numbers with background 0. `truth` None: not known."""
+    """The label maps of one scan, (i, j, k) class numbers with background 0. `truth` is None where it is not known."""
 
     reference: Labels
     candidate: Labels
@@ -36,12 +36,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the gate judges; every figure is a mean over scans.
+    """The figures that the gate judges; each is a mean over scans.
 
     Attributes:
         agreement: Dice with the reference, over the structures in either map.
         dice: Dice against the truth, over the structures in it; None where no scan has a truth.
-        reference_dice: the same of the reference.
+        reference_dice: Dice of the reference against the truth.
         drop: by how much the worst structure falls behind the reference, against the truth.
         worst: that structure's class number.
         one_label: whether some scan was given a single label.
@@ -70,7 +70,7 @@ def measure(cases: Sequence[Case]) -> Measurement:
 
 
 def _agreement(case: Case) -> float:
-    """1 where both hold nothing but background: then they agree, and `one_label` says what is wrong."""
+    """The mean Dice over structures. It is 1 where both maps hold only background; `one_label` tells that case."""
     scores = list(dice(case.reference, case.candidate).values())
     return float(np.mean(scores)) if scores else 1.0
 

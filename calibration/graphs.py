@@ -1,4 +1,4 @@
-"""Rewrites of a backbone's ONNX graph that prepare it for a lower precision. None changes what it computes."""
+"""Rewrites of a backbone's ONNX graph that prepare it for a lower precision. None of them changes what it computes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def split_joined_convolutions(model: onnx.ModelProto) -> None:
     """Replace a convolution of concatenated channels by a sum of convolutions of the parts.
 
     OpenVINO's CPU plugin gives wrong results for an int8 convolution whose input is a concatenation (seen with 2026.4):
-    the parts have scales of their own. Apart, every part also keeps a scale that fits it.
+    the parts have scales of their own. In separate convolutions every part also keeps a scale that fits it.
     """
     made, stored, sizes = producers(model), constants(model), channels(model)
     nodes: list[onnx.NodeProto] = []

@@ -1,4 +1,4 @@
-"""A backbone in half precision, normalisation apart.
+"""Makes the fp16 graph of a backbone, in which normalisation stays in single precision.
 
 A patch has over a million voxels, and sums over them overflow at half precision's 65504. So the instance normalisations
 compute in single precision, and so do the image and the features at either end: engines take and give float32.

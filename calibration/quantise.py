@@ -1,8 +1,8 @@
-"""Post-training quantisation of a backbone: ONNX with Q/DQ nodes, which OpenVINO, ONNX Runtime and TensorRT accept.
+"""Post-training quantisation of a backbone to ONNX with Q/DQ nodes, which OpenVINO, ONNX Runtime and TensorRT accept.
 
-Convolutions compute in int8: weights with a scale a channel, activations with a scale a tensor, all symmetric, so that
-every zero point is 0 (TensorRT refuses others). Everything else stays in floating point: normalisation and upsampling
-take little time, and their rounding would cost accuracy.
+Convolutions compute in int8. Weights have one scale for each channel and activations one for each tensor. All are
+symmetric, so that every zero point is 0, because TensorRT refuses others. Everything else stays in floating point:
+normalisation and upsampling take little time, and their rounding would cost accuracy.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ def _exclude(model: onnx.ModelProto, single: onnx.ModelProto, names: set[str]) -
 def sensitivity(
     quantised: Quantised, patches: Sequence[Batch], options: EngineOptions, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """How much each convolution alone costs if it is quantised and nothing else is, the worst first.
+    """The error that each convolution causes if it alone is quantised, the worst first.
 
     Returns:
-        Name to root mean square error of the features, in standard deviations of the exact ones.
+        For each name the root mean square error of the features, in standard deviations of the exact ones.
     """
     layers = quantised.layers
     exact = _features(quantised.graph(layers), patches, options)

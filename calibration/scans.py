@@ -1,4 +1,4 @@
-"""The scans of a calibration: which there are, what is known of them, and which are used for what."""
+"""Finds the scans for a calibration and their true label maps, and decides which are calibrated on and which judged."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from edgemuse.runtime.scan.types import Labels
 TRUTH = "_dseg"
 MOST_CALIBRATION_SCANS = 8
 PATCHES = 24
-"""At most, over all scans."""
+"""The most patches to calibrate on, over all scans."""
 STEP = 0.5
-"""Between tiles, in patches."""
+"""Distance between tiles, in patches."""
 AFFINE_TOLERANCE = 1e-3
-"""mm"""
+"""Affines that differ by less than this, in mm, are the same."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Source:
     truth: Path | None
 
     def record(self) -> dict[str, str]:
-        """What the bundle keeps of it."""
+        """What the bundle records about the scan."""
         return {"name": self.path.name, "sha256": self.sha256}
 
 
 def find_scans(folder: Path) -> list[Source]:
     """The NIfTI files in `folder`, by name, each with `STEM_dseg.nii[.gz]` beside it as its truth.
 
-    Every header is checked. Raises InputError where a scan or a truth cannot be used, or a scan is there twice.
+    Every header is checked. Raises InputError if a scan or a truth cannot be used, or if a scan is there twice.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds T1 scans (.nii.gz)")
@@ -77,7 +77,7 @@ def _source(path: Path, truth: Path | None) -> Source:
 
 
 def split(sources: Sequence[Source], folder: Path) -> tuple[list[Source], list[Source]]:
-    """Scans to calibrate on, a third at most, and the others to evaluate on: truth is kept for evaluation if possible.
+    """A third of the scans, at most, to calibrate on, and the others to evaluate on: if possible those with a truth.
 
     Raises InputError if there are fewer than two.
     """
@@ -127,7 +127,7 @@ def read_truth(path: Path, labels: Sequence[Label]) -> Labels:
 
 
 def structures(classes: Labels, labels: Sequence[Label]) -> Labels:
-    """`classes` with those that share an index made one, as `read_truth` numbers them; index 0 is background."""
+    """`classes` with those that share an index merged, numbered as by `read_truth`; index 0 is background."""
     numbers = _numbers(labels)
     return np.array([numbers[label.index] for label in labels], classes.dtype)[classes]
 

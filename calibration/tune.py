@@ -1,4 +1,4 @@
-"""`edgemuse tune`: measure every way to run a bundle that passed its accuracy gate, and remember how long each took."""
+"""`edgemuse tune`: measures every way to run a bundle that passed its accuracy gate, and remembers the seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Measure = Callable[[Bundle, Options, Path], float]
 """Segments a scan once and returns the seconds that it took."""
 
 ROUNDS = 3
-"""That are timed, after one that compiles."""
+"""Rounds that are timed, after a first one that compiles."""
 
 
 @click.command(short_help="Find a bundle's fastest engine on this machine.")
@@ -43,13 +43,15 @@ ROUNDS = 3
 )  # fmt: skip
 @model_dir_option
 def tune(bundle: Path | None, data: Path, model_dir: Path | None) -> None:
-    """Measure here every backend, precision and profile that passed a bundle's accuracy gate.
+    """Measure on this machine every backend, precision and profile that passed a bundle's accuracy gate.
 
-    Without BUNDLE: the built-in model. The first scan of DIR is segmented four times in each way, in turn; the
-    first round compiles and is not counted. fp32 needs no gate. Medians are kept beside the compiled engines, for
-    this bundle and this machine; of a cascade, both networks are measured, each on what it gets. From then on
-    'segment' takes the fastest where it may choose: where --backend, --device or --precision is auto. 'edgemuse info'
-    shows the figures; measure again after an update of edgemuse or a change of the machine, when nothing else runs.
+    Without BUNDLE the built-in model is measured. The first scan of DIR is segmented four times in each way, in turn;
+    the first round compiles and is not counted. fp32 needs no gate. The medians are kept beside the compiled engines,
+    for this bundle and this machine. Both networks of a cascade are measured, each on its own input.
+
+    From then on 'segment' takes the fastest where it may choose: where --backend, --device or --precision is auto.
+    'edgemuse info' shows the figures. Measure while nothing else runs, and again after an update of edgemuse or a
+    change of the machine.
 
     \b
     Example:
@@ -71,7 +73,7 @@ def tune(bundle: Path | None, data: Path, model_dir: Path | None) -> None:
 def _networks(
     model: Bundle | Cascade, scan: Source, folder: Path, progress: Callable[[str], None]
 ) -> Iterator[tuple[str, Bundle, Path]]:
-    """What stands before its lines, the bundle and its scan: of a cascade those of each stage."""
+    """The bundle and its scan, after the text that its lines begin with; for a cascade those of both stages."""
     if isinstance(model, Bundle):
         yield "", model, scan.path
         return

@@ -1,7 +1,8 @@
-"""Compiled models, kept per machine and found again by everything their validity depends on.
+"""The cache of compiled models on this machine. Its key is made of everything that a compiled model depends on.
 
-One file a model: 32 bytes SHA-256 of the rest, then what the backend exported. A file that is damaged or that the
-backend no longer takes is compiled anew. The least recently used go when the folder grows beyond `MAX_BYTES`.
+Every model is one file: 32 bytes of SHA-256 over the rest, then what the backend exported. If a file is damaged, or the
+backend no longer takes it, the model is compiled again. When the folder grows beyond `MAX_BYTES`, the files that were
+not used for longest are deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DAY = 24 * 60 * 60
 
 
 def cache_key(facts: Mapping[str, object]) -> str:
-    """A name for `facts`: the model's hash, backend and version, device, driver, precision, shape and threads."""
+    """A name made of `facts`: the model's hash, backend and version, device, driver, precision, shape and threads."""
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -82,7 +83,7 @@ def save(folder: Path, key: str, blob: bytes) -> Path:
 
 
 def _prune(folder: Path) -> None:
-    """Other processes may use the folder at the same time: what is gone, or open elsewhere, is passed over."""
+    """Delete what is too much. Other processes may use the folder too, so files that are gone or open are skipped."""
     total = 0
     for used, size, path in sorted(_entries(folder), reverse=True):
         total += size * (path.suffix == SUFFIX)

@@ -59,6 +59,12 @@ class VerificationError(EdgemuseError):
     """An exported graph does not reproduce the PyTorch network."""
 
 
+def pip_install(requirement: str) -> str:
+    """The end of a message: the command that installs `requirement`. An extra such as `.[export]` needs the source."""
+    where = " in edgemuse's source folder" if requirement.startswith(".") else ""
+    return f'run: pip install "{requirement}"{where}'
+
+
 def one_line(text: object) -> str:
     """What others wrote, as one line without what a terminal would act on; of an error without words its class."""
     line = "".join(character for character in " ".join(str(text).split()) if character.isprintable())

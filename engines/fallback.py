@@ -1,4 +1,4 @@
-"""A GPU that fails costs time and no results: the CPU takes over, once, and it is said."""
+"""If a GPU fails, the CPU takes over once and a warning says so: the failure costs time, but no results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from edgemuse.engines.protocol import Batch, Engine, EngineOptions, Output
 log = logging.getLogger("edgemuse")
 
 Open = Callable[[EngineOptions], Engine]
-"""Opens an engine for definite options."""
+"""Opens an engine for options without `auto`."""
 Spare = Callable[[str], EngineOptions]
-"""Told why the GPU failed, names the engine on the CPU that takes over."""
+"""Is told why the GPU failed and returns the options of the engine on the CPU that takes over."""
 
 
 def open_with_fallback(open_engine: Open, first: EngineOptions, spare: Spare | None) -> Engine:
-    """Open `first`; if it fails, now or while it runs, `spare` takes over. Without `spare` its failure is an error.
+    """Open `first`. If it fails, now or while it runs, the engine that `spare` names takes over.
 
-    Raises BackendError where the engine fails and nothing takes over, or where the CPU fails as well.
+    Raises BackendError where the engine fails and there is no `spare`, or where the CPU fails as well.
     """
     return open_engine(first) if spare is None else FallbackEngine(open_engine, first, spare)
 

@@ -1,4 +1,4 @@
-"""What the machine offers: processor, cores and memory, found without asking for rights."""
+"""The processor, the cores and the memory of this machine, found without special rights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Folder, limit, usage, and the part of the usage that is page cache, given back under pressure."""
+"""For each version of cgroups: its folder, the files that hold the limit and the usage, and the entry of `memory.stat`
+that counts page cache, which the kernel gives back when memory is short."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """The names of those options in glibc's malloc.h."""
 LARGE = 4 << 20
-"""Bytes of an array from which on it is mapped: images and sums, not the small ones of inner loops."""
+"""Arrays of this many bytes or more are mapped: images and sums, but not the small arrays of inner loops."""
 
 
 def cpu_name() -> str:
@@ -76,9 +77,9 @@ def peak_memory(pid: int | None = None) -> int:
 def map_large_arrays() -> None:
     """Have glibc map arrays of `LARGE` bytes and more in this process, so that their memory goes when they do.
 
-    By itself it takes them from its heap as soon as one of their size was freed; there, whatever was allocated after
-    them holds them. As much as that stays free at the heap's end: with glibc's 128 KiB, inner loops would give memory
-    back and have it zeroed again all the time.
+    By itself glibc takes such arrays from its heap as soon as one of their size was freed, and memory of the heap
+    cannot be given back while anything behind it is in use. The same number of bytes may stay free at the end of the
+    heap: with glibc's own 128 KiB, inner loops would give memory back and have it zeroed again all the time.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library, or Windows
         libc = ctypes.CDLL(None)
@@ -87,7 +88,7 @@ def map_large_arrays() -> None:
 
 
 def machine() -> dict[str, str | int]:
-    """The facts that a measurement or a cached engine depends on."""
+    """The facts about this machine that a measurement or a cached engine depends on."""
     return {
         "cpu": cpu_name(),
         "architecture": platform.machine(),

@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs wherever its wheel installs; here its CPU provider."""
+"""ONNX Runtime, which runs wherever its wheel can be installed. edgemuse uses its CPU provider."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
 PROVIDERS = {"CPU": "CPUExecutionProvider"}
 PRECISIONS = ["fp32", "fp16", "int8"]
-"""Of the CPU provider. It has no fp16 convolution: it computes one in fp32 and rounds, which is right but not fast."""
+"""The precisions of the CPU provider. It has no fp16 convolution: it computes in fp32 and rounds, which is correct but
+not fast."""
 FATAL = 4
-"""Log level: warnings about options that were chosen on purpose are not the user's business."""
+"""ONNX Runtime's log level: below it, it would warn about options that edgemuse chose on purpose."""
 
 
 def probe() -> dict[str, list[str]]:
-    """Devices that are here and the precisions each can be asked for."""
+    """The devices of this machine and the precisions that each of them offers."""
     offered = ort.get_available_providers()
     return {device: list(PRECISIONS) for device, provider in PROVIDERS.items() if provider in offered}
 
@@ -43,7 +44,7 @@ class ONNXRuntimeEngine:
         return {"processor": cpu_name(), "threads": self._threads}
 
     def build(self, graph: bytes, keep: bool) -> bytes:
-        """Optimise the ONNX `graph` for this processor and return it as ONNX, or nothing unless it is to be kept."""
+        """Optimise the ONNX `graph` for this processor; return it as ONNX if it is to be kept, else nothing."""
         options = self._session_options()
         if not keep:
             self._start(graph, options)

@@ -1,4 +1,4 @@
-"""OpenVINO: the fastest backend on CPUs, x86 and ARM."""
+"""OpenVINO, for CPUs (x86 and ARM): the fastest backend that was measured on them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from edgemuse.engines.openvino_rewrites import (
 from edgemuse.engines.protocol import Batch, EngineOptions, Output, TileShape
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
-"""OpenVINO picks bf16 or fp16 by itself unless it is told otherwise. An int8 graph says where it is int8; the rest is
-fp32."""
+"""The precision that OpenVINO is told to compute in: left to itself it may choose bf16 or fp16. An int8 graph says
+where it is int8, and the rest of it is fp32."""
 
 
 def probe() -> dict[str, list[str]]:
-    """Devices that are here and the precisions each can be asked for."""
+    """The devices of this machine and the precisions that each of them offers."""
     core = ov.Core()
     return {device: _precisions(core, device) for device in core.available_devices if device == "CPU"}
 
@@ -37,7 +37,7 @@ def _precisions(core: ov.Core, device: str) -> list[str]:
 
 
 class OpenVINOEngine:
-    """One compiled model with one inference request. `graph` names the precision it stores."""
+    """One compiled model with one inference request."""
 
     backend = "openvino"
     version = str(ov.__version__)
@@ -61,7 +61,7 @@ class OpenVINOEngine:
         return {"processor": cpu_name(), "config": self._config}
 
     def build(self, graph: bytes, keep: bool) -> bytes:
-        """Compile the ONNX `graph` and return it as OpenVINO stores it, or nothing unless it is to be kept."""
+        """Compile the ONNX `graph`; return it as OpenVINO stores it if it is to be kept, else nothing."""
         try:
             model = self._core.read_model(graph)
             model.reshape(list(self._shape))
@@ -82,8 +82,8 @@ class OpenVINOEngine:
     def load(self, blob: memoryview) -> bool:
         """Take a compiled model back; False if OpenVINO does not accept it.
 
-        OpenVINO keeps the weights twice, as they are stored and packed for the processor. From a mapped file the
-        former need no memory.
+        OpenVINO keeps the weights twice: as they are stored, and packed for the processor. The stored ones need no
+        memory where the file is mapped.
         """
         try:
             try:

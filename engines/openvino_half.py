@@ -1,4 +1,4 @@
-"""Sums and quotients in half precision: NumPy converts float16 a number at a time, OpenVINO a register at a time.
+"""Sums and quotients in half precision. NumPy converts float16 one number at a time, OpenVINO one register at a time.
 
 Both round to the nearest, halves to even, and give infinity for what half precision cannot hold.
 """
@@ -21,10 +21,11 @@ def adder(head: tuple[NDArray[np.float32], NDArray[np.float32]] | None, threads:
 
     Args:
         head: weight (C, F) and bias (C,); None where the features are added up themselves.
-        threads: that will call it at once.
+        threads: how many will call it at the same time.
 
     Returns:
-        What takes total (n, C) float16, features (n, F) float32 and weights (n, 1) float32 and gives (n, C) float16.
+        An operation on total (n, C) float16, features (n, F) float32 and weights (n, 1) float32 that returns (n, C)
+        float16.
     """
     total = opset13.parameter([-1, -1], np.float16)
     features = opset13.parameter([-1, -1], np.float32)
@@ -46,7 +47,7 @@ def divider(threads: int) -> Operation:
 
 
 class Operation:
-    """A compiled operation that `threads` may call at once."""
+    """A compiled operation that as many as `threads` threads may call at the same time."""
 
     def __init__(self, parameters: list[Any], result: Any, threads: int) -> None:
         config = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads}

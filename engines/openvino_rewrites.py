@@ -1,6 +1,6 @@
-"""Rewrites of an OpenVINO model that change how it computes and not what.
+"""Rewrites of an OpenVINO model. They change how it computes, and not what it computes.
 
-They are exact up to the order in which float32 numbers are added up, and rest on shapes that are fixed.
+Their results differ only by the order in which float32 numbers are added up. They need shapes that are fixed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from openvino.passes import ConstantFolding, Manager
 
 
 def fold_constants(model: ov.Model) -> None:
-    """Work out what depends on no input, such as weights that are stored in half precision and cast."""
+    """Compute what does not depend on the input, such as weights that are stored in half precision and cast."""
     passes = Manager()
     passes.register_pass(ConstantFolding())
     passes.run_passes(model)
@@ -49,7 +49,7 @@ def merge_upsampling(model: ov.Model) -> None:
     A U-Net's decoder upsamples (2x2x2, stride 2), puts the encoder's features beside the result and convolves (3x3x3).
     Nothing non-linear stands between, so upsampling and its half of the convolution are one transposed convolution
     with a kernel of 4x4x4: half the multiplications, and the upsampled and concatenated features never exist.
-    The bias of the upsampling ends where the volume does, so it goes in as a channel of ones.
+    The bias of the upsampling must not be added outside the volume, so it enters as a channel of ones.
     """
     for node in model.get_ordered_ops():
         found = _match(node)
@@ -126,7 +126,7 @@ def composite_kernel(spread: NDArray[np.float32], weight: NDArray[np.float32]) -
 
 
 def put_channels_last(model: ov.Model) -> None:
-    """Return (N, D, H, W, F) instead of (N, F, D, H, W): what the CPU plugin computes in, so a reorder is saved."""
+    """Return (N, D, H, W, F), in which the CPU plugin computes, instead of (N, F, D, H, W): that saves a reorder."""
     (result,) = model.get_results()
     source = result.input_value(0)
     result.input(0).replace_source_output(ops.transpose(source, np.array([0, 2, 3, 4, 1])).output(0))
@@ -134,10 +134,12 @@ def put_channels_last(model: ov.Model) -> None:
 
 
 def halve_features(model: ov.Model) -> None:
-    """Return float16, after `put_channels_last`: half the memory of the largest array, and int8 left no more digits.
+    """Return float16; call this after `put_channels_last`.
 
-    Int8 transformations would move the scales of the last convolution behind the transposition, which costs two walks
-    through the features; they do not move them past limits, even limits that nothing reaches.
+    It halves the memory of the largest array, and int8 has left no more digits than float16 holds.
+
+    OpenVINO's int8 transformations would move the scales of the last convolution behind the transposition, which costs
+    two passes over the features. They do not move them past a clamp, so one is added whose limits nothing reaches.
     """
     (result,) = model.get_results()
     node = result.input_value(0).get_node()

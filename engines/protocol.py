@@ -1,4 +1,4 @@
-"""What every inference backend promises."""
+"""The protocol that every inference backend follows."""
 
 from __future__ import annotations
 

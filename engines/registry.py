@@ -1,8 +1,8 @@
-"""Which backends exist, which of them work here, and opening one.
+"""The list of backends: which of them work on this machine, which one to use, and how it is opened.
 
-The order of `BACKENDS` is the order of preference of `auto`, by what was measured: OpenVINO is the fastest on CPUs, and
-TensorRT, not measured on a GPU yet, comes last. A backend asked for by name is used or refused, never
-replaced.
+The order of `BACKENDS` is the order of preference of `auto`, and follows what was measured: OpenVINO is the fastest on
+CPUs, and TensorRT, not measured on a GPU yet, comes last. A backend that is asked for by name is used or refused, and
+never replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError, one_line
+from edgemuse.engines.errors import BackendError, one_line, pip_install
 from edgemuse.engines.protocol import Engine, EngineOptions, TileShape
 
 log = logging.getLogger("edgemuse")
@@ -26,7 +26,7 @@ log = logging.getLogger("edgemuse")
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the registry: module and class are imported on use; `install` is the pip requirement."""
+    """A row of the registry: module and class are imported on use; `install` is what pip is told to install."""
 
     name: str
     module: str
@@ -36,8 +36,8 @@ class Backend:
 
 BACKENDS = (
     Backend("openvino", "edgemuse.engines.openvino", "OpenVINOEngine", "openvino"),
-    Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", "edgemuse[onnxruntime]"),
-    Backend("tensorrt", "edgemuse.engines.tensorrt", "TensorRTEngine", "edgemuse[tensorrt]"),
+    Backend("onnxruntime", "edgemuse.engines.onnxruntime", "ONNXRuntimeEngine", ".[onnxruntime]"),
+    Backend("tensorrt", "edgemuse.engines.tensorrt", "TensorRTEngine", ".[tensorrt]"),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 
@@ -78,7 +78,7 @@ def _import(backend: Backend) -> ModuleType:
             why = "it is not installed"
         else:
             why = f"its installation does not load ({error})".replace("\n", " ")
-        raise BackendError(f'{backend.name}: {why}; run: pip install "{backend.install}"') from error
+        raise BackendError(f"{backend.name}: {why}; {pip_install(backend.install)}") from error
 
 
 def choose(options: EngineOptions) -> tuple[Backend, EngineOptions]:

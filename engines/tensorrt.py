@@ -1,8 +1,8 @@
-"""TensorRT: NVIDIA GPUs, by TensorRT-RTX 1 where it is installed, else by TensorRT 10 or 11.
+"""NVIDIA GPUs by TensorRT-RTX 1 where it is installed, else by TensorRT 10 or 11.
 
-Networks are strongly typed: the precision is the graph's, and is checked. TensorRT-RTX compiles for the compute
-capability that it is told, no GPU needed, and its engines run on every operating system and driver. Engines of TensorRT
-are made for the GPU, driver and system that it finds.
+Networks are strongly typed: the precision is that of the graph, and it is checked. TensorRT-RTX compiles for the
+compute capability that it is told, without a GPU, and its engines run on every operating system and driver. TensorRT
+makes engines for the GPU, the driver and the system that it finds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     import tensorrt as trt
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError, one_line
+from edgemuse.engines.errors import BackendError, one_line, pip_install
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 from edgemuse.engines.tensorrt_cuda import Stream, find_gpu, pinned
 
@@ -34,7 +34,7 @@ LIBRARY = str(trt.__name__)
 VERSIONS = {"tensorrt_rtx": ("1",), "tensorrt": ("10", "11")}
 PRECISIONS = ("fp32", "fp16", "int8")
 TURING = "7.5"
-"""TensorRT-RTX has no 3D convolution in fp32 for it. Graphs of int8 must be fp16 elsewhere."""
+"""TensorRT-RTX has no fp32 convolution in 3D for this compute capability, so int8 graphs must be fp16 elsewhere."""
 MISMATCHES = {
     "VERSION_MISMATCH": "another version of TensorRT-RTX built it",
     "UNSUPPORTED_CC": "it was built for another compute capability",
@@ -44,7 +44,7 @@ MISMATCHES = {
     "MALFORMED_ENGINE": "it is no engine of this version",
     "CUDA_ERROR": "CUDA does not work here",
 }
-"""What TensorRT-RTX says of an engine before it is loaded."""
+"""Why TensorRT-RTX refuses an engine before it is loaded, in words for people."""
 COMPLAINTS = {
     "platform specific tag": "it was built on another operating system",
     "incompatible device": "it was built for another GPU",
@@ -57,11 +57,11 @@ COMPLAINTS = {
 }
 """Parts of TensorRT's messages, in lower case, and what they mean."""
 Progress = Callable[[str, int, int], None]
-"""Called with the phase of a build, the steps done and their number."""
+"""Is called with the phase of a build, the number of steps that are done and the number of all steps."""
 
 
 def probe() -> dict[str, list[str]]:
-    """The GPU and the precisions it can be asked for; raises BackendError where there is none to be used."""
+    """The GPU and the precisions that it offers; raises BackendError where no GPU can be used."""
     _check_version()
     capability = find_gpu().capability
     _target(capability)
@@ -72,7 +72,7 @@ def _check_version() -> None:
     if trt.__version__.partition(".")[0] not in VERSIONS[LIBRARY]:
         raise BackendError(
             f"{LIBRARY} {trt.__version__} is installed, edgemuse works with {' and '.join(VERSIONS[LIBRARY])}; "
-            'run: pip install "edgemuse[tensorrt]"'
+            + pip_install(".[tensorrt]")
         )
 
 
@@ -91,7 +91,7 @@ def _target(capability: str) -> Any:
 
 
 def _place(capability: str | None) -> dict[str, str]:
-    """What an engine is bound to. Engines of TensorRT-RTX run under every driver and system, TensorRT's do not."""
+    """What an engine is bound to: TensorRT-RTX's run under every driver and system, TensorRT's do not."""
     if LIBRARY == "tensorrt_rtx":
         anywhere = dict.fromkeys(("gpu", "driver", "system"), "any")
         return {"compute_capability": capability or find_gpu().capability, **anywhere}
@@ -131,7 +131,7 @@ class TensorRTEngine:
         return dict(self._place)
 
     def build(self, graph: bytes, keep: bool) -> bytes:
-        """Compile the ONNX `graph` and return the engine, or nothing unless it is to be kept."""
+        """Compile the ONNX `graph`; return the engine if it is to be kept, else nothing."""
         log.info("building a TensorRT engine; 'edgemuse build' does it beforehand")
         blob = self._compile(graph)
         if not self._ahead:
@@ -360,7 +360,7 @@ def _layers(network: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _refusals(doing: str) -> Iterator[None]:
-    """What the bindings raise becomes a BackendError; a TypeError is how they report that nothing was made."""
+    """Turn what the bindings raise into a BackendError. They report by a TypeError that they made nothing."""
     try:
         yield
     except (RuntimeError, TypeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""What TensorRT needs of CUDA: the GPU's facts, page-locked memory, memory on the GPU and a stream."""
+"""The parts of CUDA that TensorRT needs: the GPU's facts, page-locked memory, memory on the GPU and a stream."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The PyTorch side: from an nnU-Net v2 model folder to a verified bundle."""
+"""Export, in PyTorch: an nnU-Net v2 model folder becomes a verified bundle."""

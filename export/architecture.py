@@ -1,4 +1,4 @@
-"""From a plan and a checkpoint to the network of nnU-Net, and from that to features and a head."""
+"""Builds nnU-Net's network from a plan and a checkpoint, and splits it into a backbone (features) and a head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLASS_ARGUMENTS = ("conv_op", "norm_op", "nonlin", "dropout_op", "block")
 INPUT_CONVOLUTION = ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight")
 MAX_CLASSES = 1 << 16
 SHOWN = 3
-"""Differences between checkpoint and plan that an error message lists."""
+"""An error message lists so many differences between checkpoint and plan."""
 
 
 def build_network(architecture: Architecture, channels: int, classes: int) -> nn.Module:

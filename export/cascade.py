@@ -1,4 +1,4 @@
-"""`edgemuse cascade`: two bundles to one that runs them one after the other."""
+"""`edgemuse cascade`: joins two bundles into one that runs them one after the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from edgemuse.runtime.regions.muse import cortical_csf, is_muse
 
 PADDING_PERCENT = 10
 ADULT_ICV_MM3 = (900_000.0, 2_200_000.0)
-"""Chosen wide: a mask outside it is more often wrong than the head is unusual."""
+"""The range of intracranial volumes that are not flagged. It is wide: outside it a wrong mask is likelier than an
+unusual head."""
 
 
 @click.command(short_help="Join a brain mask bundle and a region bundle into one.")
@@ -25,12 +26,12 @@ ADULT_ICV_MM3 = (900_000.0, 2_200_000.0)
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="BUNDLE",
     help="Where to write: a new directory, or a new file if it ends with .zip. Nothing that exists is overwritten.",
 )  # fmt: skip
-@click.option("--name", help="Name of the cascade, for its results.  [default: that of REGIONS]")
+@click.option("--name", help="Name of the cascade, which its results record.  [default: the name of REGIONS]")
 @click.option("--orientation", default="LPS", show_default=True, metavar="CODES", help="Orientation that scans are "
               "turned to before the mask is found, where neither bundle names one.")  # fmt: skip
-@click.option("--fill", metavar="INDEX", type=click.IntRange(1, 2**32 - 1), help="Label number of voxels inside the "
+@click.option("--fill", metavar="INDEX", type=click.IntRange(1, 2**32 - 1), help="Label number for voxels inside the "
               "mask that REGIONS calls background.  [default: 1 for DLMUSE, else they stay background]")  # fmt: skip
-@click.option("--keep-largest", is_flag=True, help="Keep of the mask only its largest component; NiChart_DLMUSE "
+@click.option("--keep-largest", is_flag=True, help="Keep only the largest component of the mask; NiChart_DLMUSE "
               "does so for refaced scans only.")  # fmt: skip
 def cascade(
     mask: Path, regions: Path, output: Path, name: str | None, orientation: str, fill: int | None, keep_largest: bool
@@ -54,7 +55,7 @@ def cascade(
 
 
 def manifest_of(mask: Bundle, regions: Bundle, orientation: str = "LPS") -> CascadeManifest:
-    """How NiChart_DLMUSE runs two networks; cortical CSF is filled in where `regions` is DLMUSE's network."""
+    """A manifest that runs two networks as NiChart_DLMUSE does; for DLMUSE's own network it fills in cortical CSF."""
     fill = cortical_csf(len(regions.labels))
     return CascadeManifest(
         name=regions.name,
@@ -69,7 +70,7 @@ def manifest_of(mask: Bundle, regions: Bundle, orientation: str = "LPS") -> Casc
 
 
 def filled_label(regions: Bundle, index: int) -> Label:
-    """The label `index` for what `regions` leaves without one."""
+    """The label numbered `index`, for voxels to which `regions` gives no label."""
     muse = cortical_csf(len(regions.labels))
     return (
         muse

@@ -1,4 +1,4 @@
-"""Checkpoints of nnU-Net, read as data: a checkpoint is a pickle, and a pickle from elsewhere may run anything."""
+"""Reads nnU-Net's checkpoints as data only: a checkpoint is a pickle, and a pickle could run any program."""
 
 from __future__ import annotations
 

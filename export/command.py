@@ -69,7 +69,7 @@ def export(
     The bundle is written only after its graph gave the same features and labels as PyTorch, on OpenVINO and, where it
     is installed, on ONNX Runtime. Checkpoints are read as data: nothing in them is run.
 
-    Needs PyTorch: pip install "edgemuse[export]". The bundle does not.
+    Needs PyTorch: pip install ".[export]" in edgemuse's source folder. The bundle does not.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What `dataset.json` says: one input channel, and what the classes are called."""
+"""Reads `dataset.json`: it must name one input channel, and it says what the classes are called."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 from edgemuse.engines.errors import ModelFolderError
 
 MAX_JSON_BYTES = 64 << 20
-"""Real plans have a few kilobytes; nothing larger than this is read into memory."""
+"""Nothing larger than this is read into memory; real plans have a few kilobytes."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""nnU-Net v2 model folder to verified bundle: the steps of `edgemuse export`, one after the other."""
+"""The steps of `edgemuse export`: an nnU-Net v2 model folder becomes a verified bundle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECORDED_PACKAGES = ("edgemuse", "torch", "onnx", "dynamic-network-architectures
 
 
 def _quiet(_: str) -> None:
-    """Progress that nobody wants to see."""
+    """Progress that is not shown."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,17 @@ class ExportOptions:
     """What the user may choose about an export.
 
     Attributes:
-        folds: numbers, or `all`; None: every fold that has the checkpoint.
-        checkpoint: file name inside the fold's folder.
-        configuration: of plans.json; None: the one that the checkpoint was trained with.
-        orientation: axis codes that scans are brought to, such as `LPS`; None: what nnU-Net itself does.
-        labels: of the classes, or a table with the columns class, index, name, color; None: the names in dataset.json.
-        name: of the bundle; None: the data set's.
-        license: of the weights, an SPDX expression or a sentence.
-        scans: verified on these besides a synthetic patch; empty: on synthetic patches only.
-        progress: called with a line of text at every step.
-        origin: what else to record about where the folder came from.
+        folds: the folds to export, numbers or `all`; None takes every fold that has the checkpoint.
+        checkpoint: the checkpoint's file name inside the folder of a fold.
+        configuration: a configuration of plans.json; None takes the one that the checkpoint was trained with.
+        orientation: axis codes that scans are turned to, such as `LPS`; None does what nnU-Net itself does.
+        labels: the labels of the classes, or a table with the columns class, index, name, color; None takes the names
+            in dataset.json.
+        name: the bundle's name; None takes that of the data set.
+        license: the licence of the weights, an SPDX expression or a sentence.
+        scans: the scans to verify on, besides a small synthetic patch; if empty, all patches are synthetic.
+        progress: is called with a line of text at every step.
+        origin: what else the bundle records about where the folder came from.
     """
 
     folds: tuple[str, ...] | None = None

@@ -1,4 +1,4 @@
-"""`edgemuse models fetch`: DLMUSE from where its authors publish it, exported here into one bundle of the store."""
+"""`edgemuse models fetch`: downloads DLMUSE from where its authors publish it and exports it into the store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """Where a network is published: repository of the hub, and its nnU-Net model folder in there."""
+    """Where a network is published: a repository of the hub and the nnU-Net model folder inside it."""
 
     name: str
     repository: str
@@ -38,14 +38,14 @@ DLMUSE = Published(
     "DLMUSE", "nichart/DLMUSE", "nnunet_results/Dataset903_Task903_DLMUSEV2/nnUNetTrainer__nnUNetPlans__3d_fullres"
 )
 ORIENTATION = "LPS"
-"""Of both networks' training data."""
+"""The orientation of both networks' training data."""
 
 
 @click.command(short_help="Get DLMUSE from the Hugging Face hub and export it here.")
 @click.argument("model", type=click.Choice(["dlmuse"]))
 @click.option("--accept-license", is_flag=True, help="You have read the licence of the weights and accept it. Without "
               "this the licence is shown and nothing is downloaded.")  # fmt: skip
-@click.option("--name", help="Name to call it by.  [default: dlmuse]")
+@click.option("--name", help="Name that the store gives it.  [default: dlmuse]")
 @model_dir_option
 def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | None) -> None:
     """Get DLMUSE from the Hugging Face hub, export it here, and put it into the store as one bundle.
@@ -53,7 +53,8 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
     Both networks, DLICV and DLMUSE, come from the repositories of their authors. Every file is checked against the hash
     that the hub states. Run it again after an interruption: it goes on where it stopped.
 
-    Needs PyTorch and a network: pip install "edgemuse[models]". The bundle, whose path is printed, needs neither.
+    Needs PyTorch and a network: pip install ".[models]" in edgemuse's source folder. The bundle, whose path is printed,
+    needs neither.
 
     \b
     Example:
@@ -81,7 +82,7 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
 
 
 def _make(remotes: Sequence[Remote], place: Path) -> None:
-    """Get the bundle at `place` made, by one process at a time."""
+    """Make the bundle at `place`; only one process at a time does so."""
     from edgemuse.runtime.batch.claim import Claim
     from edgemuse.runtime.model.store import free_place
 
@@ -99,7 +100,7 @@ def _make(remotes: Sequence[Remote], place: Path) -> None:
 
 
 def _download_and_join(remotes: Sequence[Remote], place: Path) -> None:
-    """Download both model folders, export them and join them at `place`. The folders go away if all that succeeds."""
+    """Download both model folders, export them and join them at `place`; delete the folders if all that succeeded."""
     from edgemuse.export import hub
     from edgemuse.runtime.regions.muse import muse_labels
 

@@ -1,8 +1,8 @@
-"""The network as an ONNX graph: any spatial size, no trace of the machine that made it, the same bytes every time.
+"""Makes the ONNX graph of a network. It takes any spatial size, holds no trace of this machine and is reproducible.
 
 The graph is traced at the patch's shape and its three spatial axes are named afterwards. Tracing with symbolic sizes
 fails on residual encoders, where a skip connection divides a size twice and the main path once. None of the
-operations of these networks depends on the size traced, and `OPERATIONS` holds that fast.
+operations of these networks depends on the size traced, and `OPERATIONS` makes sure of that.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ OPERATIONS = frozenset(
         "Relu",
     )
 )
-"""All work at any spatial size. Div and Mul take the mean over folds; their other operand is a scalar."""
+"""Operations that work at any spatial size. Div and Mul take the mean over folds; their other operand is a scalar."""
 SMALLEST_HALVED = 256
-"""Values; a cast for fewer saves nothing."""
+"""Weights with fewer values than this are not halved, because a cast for them saves nothing."""
 MAX_WEIGHT_BYTES = (1 << 31) - (16 << 20)
 """An ONNX file is one protobuf message, which cannot be larger than 2 GiB; 16 MiB are left for the rest."""
 
@@ -96,7 +96,7 @@ def _check_operations(model: onnx.ModelProto) -> None:
     if unknown := sorted({node.op_type for node in model.graph.node} - OPERATIONS):
         raise ModelFolderError(
             f"the network became a graph with {', '.join(unknown)}, which edgemuse does not know; "
-            "use the versions of torch and onnxscript that 'edgemuse[export]' asks for"
+            "use the versions of torch and onnxscript that the extra '.[export]' installs"
         )
 
 

@@ -1,4 +1,6 @@
-"""Model folders on the Hugging Face hub: what they hold, and getting them, resumed where it stopped and checked.
+"""Looks up nnU-Net model folders on the Hugging Face hub and downloads them.
+
+A download goes on where it stopped, and every file is checked.
 
 `huggingface_hub` keeps nothing of a file whose download was interrupted, so files are read through its file system,
 which can start anywhere in them.
@@ -26,13 +28,13 @@ FILES = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHA1 = re.compile(r"[0-9a-f]{40}")
 CHUNK = 4 << 20
-"""Bytes asked for at a time, and the most that an interruption loses."""
+"""The hub is asked for this many bytes at a time, and an interruption loses no more than that."""
 MOST = 200
-"""Characters shown of what the hub says."""
+"""No more characters than this are shown of what the hub says."""
 TIMEOUT = 30
-"""Seconds to wait for the hub's first answer."""
+"""So many seconds the hub may take for its first answer."""
 UNREACHABLE: tuple[Any, ...] = HfHubHTTPError.__bases__
-"""What its HTTP library raises, which one that is having changed over time, and OSError."""
+"""The errors of the hub's HTTP library, which has changed over time, and OSError."""
 UNLIKE_THE_HUB = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -50,7 +52,7 @@ class RemoteFile:
 class Remote:
     """An nnU-Net model folder in a repository of the hub, at one revision.
 
-    `license`: as the repository's card gives it; None: it gives none.
+    `license` is what the repository's card says, or None if it says nothing.
     """
 
     repository: str
@@ -61,7 +63,7 @@ class Remote:
 
 
 def look_up(repository: str, folder: str) -> Remote:
-    """What the hub says of `folder` in `repository` as it is now; raises ModelFolderError."""
+    """What the hub says about `folder` in the current revision of `repository`; raises ModelFolderError."""
     with _reported(repository):
         info = HfApi().model_info(repository, files_metadata=True, timeout=TIMEOUT)
         listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -79,10 +81,10 @@ def look_up(repository: str, folder: str) -> Remote:
 
 
 def download(remote: Remote, target: Path) -> Path:
-    """Get the files of `remote` into the folder `target`, which may hold part of them, and return it.
+    """Download the files of `remote` into the folder `target`, which may hold some of them already, and return it.
 
     Raises:
-        ModelFolderError: the hub cannot be reached, or a file is not what it states; what is right is kept.
+        ModelFolderError: the hub cannot be reached, or a file differs from what it states; correct files are kept.
         OutputError: `target` cannot be written.
     """
     try:
@@ -109,7 +111,7 @@ def _fetch(remote: Remote, file: RemoteFile, target: Path) -> None:
 
 
 def _append(remote: Remote, file: RemoteFile, part: Path) -> None:
-    """Add to `part` what it lacks of `file`."""
+    """Append to `part` what it still lacks of `file`."""
     path = f"{remote.repository}@{remote.revision}/{remote.folder}/{file.name}"
     with part.open("ab") as local, _bar(remote, file) as bar:
         bar.update(local.tell())
@@ -170,7 +172,7 @@ def _license(card: Any) -> str | None:
 
 @contextmanager
 def _reported(repository: str) -> Iterator[None]:
-    """What asking the hub raises, as ModelFolderError."""
+    """Turn whatever a question to the hub raises into ModelFolderError."""
     try:
         yield
     except GatedRepoError as error:

@@ -1,7 +1,7 @@
-"""What `plans.json` says about one configuration, checked, in the layouts of nnunetv2 2.0 to 2.8.
+"""Reads and checks what `plans.json` says about one configuration, in the layouts of nnunetv2 2.0 to 2.8.
 
-A plan is data from elsewhere. The Python objects it names are told apart by a fixed list of names and are never
-imported, and its sizes are bounded before anything is built from them.
+A plan is data from elsewhere. The Python objects that it names are looked up in a fixed list and never imported, and
+its sizes are limited before anything is built from them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_PATCH_VOXELS = 1 << 26
 HUGE = 1e9
 
 BLOCKS_KEY = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
-"""The networks that can be exported, and how each calls its number of blocks a stage."""
+"""The networks that can be exported, and the argument of each that gives the number of blocks in every stage."""
 SCHEMES: Mapping[str, NormalizationScheme] = {
     "ZScoreNormalization": "zscore",
     "CTNormalization": "ct",

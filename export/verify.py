@@ -1,7 +1,7 @@
-"""Proof that an exported graph is the PyTorch network: the same features, and the same labels but for ties.
+"""Checks that an exported graph gives what the PyTorch network gives: the same features, and labels but for ties.
 
 The reference is the network as nnU-Net runs it, head included, one fold after the other. So the graph, the split of
-the head and the merging of folds are all held against something that knows nothing of them.
+the head and the merging of folds are all compared with something that knows nothing of them.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One patch on one backend: errors beside what is allowed, and how many of `voxels` have another label.
+    """One patch on one backend: each error beside the error allowed, and how many of `voxels` have another label.
 
-    `unexplained` are labels that differ although PyTorch's own decision was not within the tolerance of a tie.
+    `unexplained` counts labels that differ although PyTorch's own decision was no tie within the tolerance.
     """
 
     backend: str
@@ -111,7 +111,7 @@ def _engines(names: Iterable[str], graph: bytes, shape: tuple[int, ...]) -> Iter
 
 
 def _summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """How one backend compares with PyTorch over all patches; errors are of the graph's output."""
+    """How one backend compares with PyTorch over all patches. The errors are those of the graph's output."""
     voxels = sum(found.voxels for found in comparisons)
     worst = max(comparisons, key=lambda found: found.error)
     return {
@@ -171,7 +171,7 @@ def _checked(engine: Engine, head: Head | None, ref: Reference) -> Comparison:
 
 
 def compare(engine: Engine, head: Head | None, ref: Reference) -> Comparison:
-    """Run `engine` on the reference's patch, and hold its output and the logits that follow against the reference."""
+    """Run `engine` on the reference's patch, and compare its output and the logits made from it with the reference."""
     output, expected = engine.infer(ref.patch), ref.logits if head is None else ref.features
     if output.shape != expected.shape:
         raise VerificationError(f"the graph returns {output.shape}, expected {expected.shape}; no bundle was written")
@@ -218,7 +218,7 @@ def verification_patches(scans: Sequence[Path], network: Network) -> Iterator[Ba
 
 
 def small_shape(network: Network) -> Shape:
-    """About the smallest tile that the network takes, and never the patch: it also proves that sizes are free."""
+    """A shape near the smallest that the network takes. It is never the patch, so that another size is tried too."""
     d, h, w = network.stride
     small = (3 * d, 2 * h, 2 * w)
     return (3 * d, 2 * h, 3 * w) if small == network.patch else small

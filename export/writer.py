@@ -1,4 +1,4 @@
-"""Writing a bundle: whole or not at all, checked before it appears, never over something that is there."""
+"""Writes a bundle whole or not at all, checked before it appears; nothing is overwritten unless it was asked for."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def replace_bundle(bundle: Bundle, manifest: Manifest, files: Mapping[str, bytes
 
 
 def replace_cascade(cascade: Cascade, manifest: CascadeManifest, mask: Bundle, regions: Bundle) -> Path:
-    """Write a cascade in place of `cascade`, as above; `mask` and `regions` lie elsewhere."""
+    """Write a cascade in place of `cascade`, as `replace_bundle` does; `mask` and `regions` lie elsewhere."""
     return _replace_whole(cascade, _cascade_contents(manifest, mask, regions))
 
 
@@ -132,7 +132,7 @@ def _replace_whole(model: Bundle | Cascade, whole: Mapping[str, bytes]) -> Path:
 
 @contextlib.contextmanager
 def _staged(output: Path, whole: Mapping[str, bytes], zipped: bool) -> Iterator[Path]:
-    """A bundle that was written and checked, in a folder beside `output` that goes away afterwards."""
+    """Write and check a bundle in a folder beside `output`; the folder is deleted afterwards."""
     stage = output.parent / f".{output.name}.tmp-{secrets.token_hex(4)}"
     try:
         stage.mkdir()

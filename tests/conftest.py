@@ -30,7 +30,7 @@ def _load(name: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def nnunet_models() -> ModuleType:
     """The helper module `tests/nnunet_models.py`; skips where PyTorch is not installed."""
-    pytest.importorskip("torch", reason="making model folders needs PyTorch: pip install 'edgemuse[dev]'")
+    pytest.importorskip("torch", reason="making model folders needs PyTorch: pip install '.[dev]'")
     return _load("nnunet_models")
 
 

@@ -71,7 +71,7 @@ def test_an_editable_install_finds_every_package(tmp_path):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
     from edgemuse.export.exporter import ExportOptions, export_model
 
     options = ExportOptions(orientation="LPS", labels=SHARED / "devmodel" / "labels.tsv")

@@ -135,7 +135,7 @@ def run(address: str, task: Task, jobs: Sequence[Job], screen: Screen) -> Counts
     counts = Counts()
     with _connected(address) as client:
         if not client.scheduler_info()["workers"]:
-            log.warning("%s has no workers yet; waiting for some, see docs/cluster.md", address)
+            log.warning("%s has no workers yet; waiting for some, see docs/guide/cluster.md", address)
         futures = {client.submit(work, _absolute(job), task, pure=False): job for job in jobs}
         for future in as_completed(list(futures)):
             job = futures.pop(future)
@@ -167,7 +167,7 @@ def _connected(address: str) -> Iterator[Client]:
     try:
         client = Client(address, timeout=CONNECT)
     except (OSError, ValueError, TypeError) as error:
-        raise BackendError(f"no Dask scheduler at {address} ({error}); start one, see docs/cluster.md") from error
+        raise BackendError(f"no Dask scheduler at {address} ({error}); start one, see docs/guide/cluster.md") from error
     with client:
         yield client
 

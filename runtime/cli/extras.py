@@ -1,11 +1,11 @@
-"""Optional parts of edgemuse, which need more than `pip install edgemuse` brings."""
+"""Optional parts of edgemuse, which need more than `pip install .` brings."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.engines.errors import BackendError, pip_install
 
 
 @contextlib.contextmanager
@@ -24,5 +24,5 @@ def needs_extra(extra: str, doing: str, library: str) -> Iterator[None]:
             raise
         raise BackendError(
             f"{doing} needs {error.name or library}, which is missing here or does not load; "
-            f'run: pip install "edgemuse[{extra}]"'
+            + pip_install(f".[{extra}]")
         ) from error

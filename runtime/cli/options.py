@@ -105,7 +105,8 @@ ENGINE_OPTIONS = (
         "--scheduler",
         metavar="ADDRESS",
         help="Have the workers of a Dask cluster segment the scans: the address of its scheduler, such as "
-        'tcp://host:8786. They need the same paths as this machine. Needs pip install "edgemuse[cluster]".',
+        'tcp://host:8786. They need the same paths as this machine. Needs pip install ".[cluster]" in '
+        "edgemuse's source folder.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Say the seconds of every stage and the planned memory."),
 )

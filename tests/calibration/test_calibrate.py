@@ -14,7 +14,7 @@ import pytest
 from bundles import CommandLine, head_image, replace_file, snapshot, tiny_bundle, write_scan, zip_bundle
 from unets import unet
 
-pytest.importorskip("nncf", reason="NNCF is not installed: pip install 'edgemuse[calibrate]'")
+pytest.importorskip("nncf", reason="NNCF is not installed: pip install '.[calibrate]'")
 
 from edgemuse.calibration import calibrate as module
 from edgemuse.calibration import evaluate
@@ -182,7 +182,7 @@ def test_missing_extra_names_the_pip_command(
     ran = cli("calibrate", bundle_at(tmp_path / "tiny.bundle"), "--data", data)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.count("\n") == 1
-    assert 'calibrating needs nncf, which is missing here or does not load; run: pip install "edgemuse[calibrate]"' in (
+    assert 'calibrating needs nncf, which is missing here or does not load; run: pip install ".[calibrate]"' in (
         ran.err
     )
 
@@ -249,7 +249,7 @@ def test_a_backend_that_fails_is_a_row_that_failed(data: Path, tmp_path: Path, m
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with real scans and a trained model is absent")
 def test_trained_model_passes_in_int8_and_fp16(tmp_path: Path) -> None:
     """On real scans, one of them with truth; calibrated on another."""
-    pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
     from edgemuse.export.exporter import ExportOptions, export_model
 
     options = ExportOptions(orientation="LPS", labels=SHARED / "devmodel" / "labels.tsv")

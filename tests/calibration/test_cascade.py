@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from unets import unet
 
-pytest.importorskip("nncf", reason="NNCF is not installed: pip install 'edgemuse[calibrate]'")
+pytest.importorskip("nncf", reason="NNCF is not installed: pip install '.[calibrate]'")
 
 from edgemuse.calibration import calibrate as module
 from edgemuse.calibration.cascade import stage_inputs

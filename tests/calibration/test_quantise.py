@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 from unets import unet
 
-pytest.importorskip("nncf", reason="NNCF is not installed: pip install 'edgemuse[calibrate]'")
+pytest.importorskip("nncf", reason="NNCF is not installed: pip install '.[calibrate]'")
 
 from edgemuse.calibration.graphs import graph_bytes
 from edgemuse.calibration.quantise import Quantised, check_zero_points, make_signed, quantise, sensitivity

@@ -28,7 +28,7 @@ from edgemuse.runtime.model.tuned import Timing, Tuned, recall, tuned_path
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.scan.nifti import open_scan
 
-pytest.importorskip("onnxruntime", reason="two backends are needed: pip install 'edgemuse[onnxruntime]'")
+pytest.importorskip("onnxruntime", reason="two backends are needed: pip install '.[onnxruntime]'")
 
 AUTO = EngineOptions(precision="auto")
 PASSED = ("openvino", "int8", "fast"), ("onnxruntime", "int8", "fast"), ("onnxruntime", "fp32", "fast")

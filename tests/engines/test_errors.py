@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemuse.engines.errors import one_line
+from edgemuse.engines.errors import one_line, pip_install
 
 
 @given(text=st.text())
@@ -24,3 +24,8 @@ def test_words_stay_apart() -> None:
 def test_an_error_without_words() -> None:
     assert one_line(MemoryError()) == "MemoryError"
     assert one_line("") == ""
+
+
+def test_extras_are_installed_from_the_source() -> None:
+    assert pip_install("openvino") == 'run: pip install "openvino"'
+    assert pip_install(".[export]") == """run: pip install ".[export]" in edgemuse's source folder"""

@@ -428,7 +428,7 @@ def test_progress_of_a_build(machine: Machine, tmp_path: Path) -> None:
 def test_library_without_cuda_python(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.delitem(sys.modules, "cuda.bindings")
-    assert refusal(lambda: choose(NAMED)).endswith('run: pip install "edgemuse[tensorrt]"')
+    assert refusal(lambda: choose(NAMED)).endswith("""run: pip install ".[tensorrt]" in edgemuse's source folder""")
 
 
 NAMES = {
@@ -457,7 +457,7 @@ NAMES = {
 @pytest.mark.parametrize("library", NAMES)
 def test_fakes_offer_what_the_libraries_do(library: str) -> None:
     """A name that only the fakes have would be found out on a GPU and not before."""
-    module = pytest.importorskip(library, reason=f"{library} is not installed: pip install 'edgemuse[tensorrt]'")
+    module = pytest.importorskip(library, reason=f"{library} is not installed: pip install '.[tensorrt]'")
     for name in NAMES[library]:
         found: Any = module
         for part in name.split("."):
@@ -467,5 +467,5 @@ def test_fakes_offer_what_the_libraries_do(library: str) -> None:
 
 def test_registry_has_its_row() -> None:
     row = next(row for row in registry.BACKENDS if row.name == "tensorrt")
-    assert row.install == "edgemuse[tensorrt]"
+    assert row.install == ".[tensorrt]"
     assert importlib.util.find_spec(row.module) is not None

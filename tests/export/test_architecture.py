@@ -33,7 +33,7 @@ DLMUSE = Path(__file__).parents[2].parent / "shared" / "data" / "dlmuse"
 def nnunets_network(plans: dict[str, Any], configuration: str, classes: int) -> Any:
     with warnings.catch_warnings():  # nnU-Net warns about plans of its own older versions
         warnings.simplefilter("ignore")
-        pytest.importorskip("nnunetv2", reason="the reference is nnunetv2: pip install 'edgemuse[bench]'")
+        pytest.importorskip("nnunetv2", reason="the reference is nnunetv2: pip install '.[bench]'")
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 

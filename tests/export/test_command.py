@@ -56,7 +56,7 @@ def test_missing_extra_says_what_to_install(missing: str, monkeypatch: pytest.Mo
     result = CliRunner().invoke(export, [str(tmp_path), "-o", str(tmp_path / "b")])
     assert isinstance(result.exception, BackendError)
     assert missing in str(result.exception)
-    assert 'pip install "edgemuse[export]"' in str(result.exception)
+    assert 'pip install ".[export]"' in str(result.exception)
 
 
 def test_help_needs_no_pytorch() -> None:

@@ -14,9 +14,9 @@ import pytest
 from bundles import CommandLine, run_process, snapshot, write_scan
 from hub import REVISION, Hub, running_hub
 
-pytest.importorskip("torch", reason="exporting needs PyTorch: pip install 'edgemuse[dev]'")
+pytest.importorskip("torch", reason="exporting needs PyTorch: pip install '.[dev]'")
 constants = pytest.importorskip(
-    "huggingface_hub.constants", reason="fetching needs huggingface_hub: pip install 'edgemuse[models]'"
+    "huggingface_hub.constants", reason="fetching needs huggingface_hub: pip install '.[models]'"
 )
 
 from edgemuse.engines.errors import ModelFolderError, OutputError
@@ -367,5 +367,5 @@ def test_missing_extra_says_what_to_install(
     ran = cli(*FETCH)
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert missing in ran.err
-    assert 'pip install "edgemuse[models]"' in ran.err
+    assert 'pip install ".[models]"' in ran.err
     assert hub.served == []

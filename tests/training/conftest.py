@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-pytest.importorskip("torch", reason="training needs PyTorch: pip install 'edgemuse[dev]'")
+pytest.importorskip("torch", reason="training needs PyTorch: pip install '.[dev]'")
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def test_a_line_without_steps_holds_no_loss(tmp_path):
 
 def test_nnunet_and_export_read_the_folder(small, head, tmp_path):
     predict = pytest.importorskip(
-        "nnunetv2.inference.predict_from_raw_data", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'"
+        "nnunetv2.inference.predict_from_raw_data", reason="nnunetv2 is not installed: pip install '.[dev]'"
     )
     from edgemuse.export.exporter import ExportOptions, export_model
     from edgemuse.runtime.model.bundle import open_bundle

@@ -23,7 +23,7 @@ def killed(self, scan, *arguments, run=Segmenter.run):
     return run(self, scan, *arguments)
 Segmenter.run = killed
 """
-distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'edgemuse[cluster]'")
+distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install '.[cluster]'")
 
 
 @pytest.fixture
@@ -86,4 +86,4 @@ def test_without_dask(data: Path, model: Path, tmp_path: Path) -> None:
     prelude = "import sys\nsys.modules['distributed'] = None"
     ran = run_process(*arguments, cache_dir=tmp_path / "cache", prelude=prelude)
     assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert 'pip install "edgemuse[cluster]"' in ran.err
+    assert 'pip install ".[cluster]"' in ran.err

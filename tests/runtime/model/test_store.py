@@ -222,5 +222,5 @@ def test_needs_no_pytorch(home: Path, tmp_path: Path) -> None:
         assert (ran.code, ran.out != "") == (0, True), ran.err
     ran = run_process("models", "fetch", "dlmuse", cache_dir=tmp_path / "cache", prelude=prelude)
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
-    assert 'pip install "edgemuse[models]"' in ran.err
+    assert 'pip install ".[models]"' in ran.err
     assert not home.exists()

@@ -47,7 +47,7 @@ def test_numbers_between_two_halves_go_to_the_nearest_and_ties_to_even():
 )
 def test_labels_are_those_of_nnunets_steps_in_pytorch(shape, patch, target, folds, scale, deferred, seed):
     """Its loop over tiles, quotient, sum over folds and rounding after resampling, written with PyTorch's halves."""
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
     rng = np.random.default_rng(seed)
     classes, features = 5, 3
     image, plan = rng.normal(size=shape).astype(np.float32), plan_tiles(shape, patch, 0.5)

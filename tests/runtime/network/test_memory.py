@@ -136,7 +136,7 @@ def test_peak_stays_below_the_plan(case: str, profile: str, idle: int, tmp_path:
 def test_peak_stays_below_the_plan_in_lower_precision(backend: str, precision: str, idle: int, tmp_path: Path) -> None:
     """Of a U-Net: its decoder holds the most at once."""
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    pytest.importorskip("torch", reason="what a graph holds is found by export: pip install 'edgemuse[export]'")
+    pytest.importorskip("torch", reason="what a graph holds is found by export: pip install '.[export]'")
     from edgemuse.bench.measure.uncalibrated import to_int8
     from edgemuse.calibration.half import half_precision
     from edgemuse.export.graph import activation_bytes
