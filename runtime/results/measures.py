@@ -29,8 +29,8 @@ NOISE = math.sqrt(1 / 42)
 """From six times a voxel less its six neighbours, of variance 36 + 6, to the standard deviation of white noise."""
 FACES = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
 OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
-CEREBRUM_FORWARD = 20.0
-"""Degrees, the median of the scans that the limits were set on."""
+CEREBRUM_FORWARD = 29.0
+"""Degrees, the median of the scans that the limits of `quality` were set on."""
 SIDES = {"left": 0, "lh": 0, "l": 0, "right": 1, "rh": 1, "r": 1}
 
 
@@ -169,13 +169,13 @@ def centre_mm(inside: NDArray[np.bool_], affine: Affine) -> NDArray[np.float64] 
     return centre
 
 
-def turned_degrees(classes: Labels, labels: Sequence[Label], affine: Affine) -> float | None:
-    """By how much the brain is turned from where the voxels' axes say that its sides are.
+def turned_degrees(classes: Labels, labels: Sequence[Label], affine: Affine) -> tuple[float, float] | None:
+    """By how much the brain is turned from where the voxels' axes say that its sides are: sideways, and nodding.
 
     Two directions are compared with where they point in healthy adults: that from the middle of the left to the middle
     of the right white matter, and, seen from the side, that from the cerebellum to the white matter of the cerebrum,
-    which points upwards and `CEREBRUM_FORWARD` degrees forward. The larger of the two deviations; None where the labels
-    do not tell these structures or they were not found.
+    which points upwards and `CEREBRUM_FORWARD` degrees forward. None where the labels do not tell these structures or
+    they were not found.
     """
     classes, affine = classes[::2, ::2, ::2], affine @ np.diag([2.0, 2.0, 2.0, 1.0])
     anatomy = anatomy_of(labels)
@@ -184,9 +184,9 @@ def turned_degrees(classes: Labels, labels: Sequence[Label], affine: Affine) -> 
     if left is None or right is None or back is None or up is None:
         return None
     across, along = right - left, up - back
-    roll = np.degrees(np.arccos(across[0] / max(float(np.linalg.norm(across)), 1e-9)))
-    pitch = np.degrees(np.arctan2(along[1], along[2])) - CEREBRUM_FORWARD
-    return float(max(roll, abs((pitch + 180) % 360 - 180)))
+    sideways = np.degrees(np.arccos(across[0] / max(float(np.linalg.norm(across)), 1e-9)))
+    nodding = np.degrees(np.arctan2(along[1], along[2])) - CEREBRUM_FORWARD
+    return float(sideways), float(abs((nodding + 180) % 360 - 180))
 
 
 def tissue_ratio(shown: NDArray[np.uint8], classes: Labels, labels: Sequence[Label]) -> float | None:

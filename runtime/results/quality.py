@@ -30,8 +30,8 @@ CUT_MM2 = 1000.0
 """A slice of 1 mm that only touches a brain (a sphere of 70 mm) shows 440 mm2 of it, the foramen magnum 800."""
 BORDER_MM2 = 100.0
 """So little of a brain on a face of the volume is no sign that any of it is missing."""
-TURNED = 30.0
-"""Degrees: heads that lie as usual deviate by less, and the labels of a head that is turned by more get worse."""
+TURNED = (20.0, 27.0)
+"""Degrees, sideways and nodding. Heads that lie as usual are turned by up to 7 and 24."""
 WHITE_TO_GREY = 1.05
 """In T1 white matter is brighter than cortex, by a quarter and more where the contrast is good."""
 ANISOTROPY = 3.0
@@ -156,13 +156,15 @@ def _whole(mm3: Mapping[int, float], anatomy: Anatomy, zooms: Spacing) -> Iterat
         yield Flag("volume", text, total, low if total < low else high)
 
 
-def _turned(degrees: float | None) -> Iterator[Flag]:
-    if degrees is not None and degrees > TURNED:
-        text = (
-            f"the brain lies turned by {degrees:.0f} degrees: if it looks upright in the picture's grey values, the "
-            "header's orientation is wrong; if the head was tilted, turn the scan first"
-        )
-        yield Flag("orientation", text, degrees, TURNED)
+def _turned(found: tuple[float, float] | None) -> Iterator[Flag]:
+    for degrees, limit in zip(found or (), TURNED, strict=False):
+        if degrees > limit:
+            text = (
+                f"the brain lies turned by {degrees:.0f} degrees: if it looks upright in the picture's grey values, "
+                "the header's orientation is wrong; if the head was tilted, turn the scan first"
+            )
+            yield Flag("orientation", text, degrees, limit)
+            return
 
 
 def _contrast(ratio: float | None) -> Iterator[Flag]:

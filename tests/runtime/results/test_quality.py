@@ -305,8 +305,9 @@ def test_turned_degrees(degrees: float, plane: str) -> None:
     for name, place in zip((*WHITE, "left_cerebellum_cortex"), places, strict=True):
         distance = np.linalg.norm(grid - (turn @ place)[:, None, None, None], axis=0)
         classes[distance < 12] = numbers[name]
-    found = turned_degrees(classes, labels, np.diag([2.0, 2.0, 2.0, 1.0]))
-    assert found == pytest.approx(abs(degrees), abs=4)
+    sideways, nodding = turned_degrees(classes, labels, np.diag([2.0, 2.0, 2.0, 1.0]))
+    assert (sideways if plane == "across" else nodding) == pytest.approx(abs(degrees), abs=4)
+    assert plane == "across" or sideways < 4
 
 
 @pytest.mark.parametrize("factor", [0.65, 0.8, 1.3, 1.5])
