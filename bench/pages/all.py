@@ -107,6 +107,7 @@ PARTS = (
     Part("cascade", "", "cascade", 15, "two networks of DLMUSE's size on a whole head"),
     Part("many", "", "many", 12, "a dataset of 26 scans, segmented by one process, several, and killed ones"),
     Part("model", "", "builtin", 10, "how good the built-in model is", held_out_scans),
+    Part("flags", "", "flags", 15, "the quality flags on good scans and on spoilt copies of some"),
     Part("tensorrt", "", "tensorrt_builds", 5, "engines for NVIDIA GPUs, built without a GPU"),
 )
 """In the order in which they are measured. The minutes follow from the seconds on the pages."""
