@@ -5,7 +5,7 @@ use, so that importing this package loads neither numpy nor a backend.
 
     from edgemuse.runtime import Options, segment
 
-    result = segment("sub-01_T1w.nii.gz", options=Options(profile="fast"))
+    result = segment("sub-01_T1w.nii.gz", options=Options(profile="balanced"))
     result.classes  # (i, j, k) class numbers on the scan's grid
 """
 

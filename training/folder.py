@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,45 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from edgemuse.export.checkpoint import read_checkpoint
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.scan.types import Shape
-from edgemuse.training.labelmaps import INDICES, class_colors, class_names, class_singles
+from edgemuse.training.labelmaps import class_labels
 
-FEATURES = (16, 32, 64, 128, 256)
-PATCH: Shape = (128, 176, 128)
-SPACING = 1.3
-"""mm"""
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 CHECKPOINT = "fold_0/checkpoint_final.pth"
 SUPERVISION = "decoder.seg_layers."
+HEAD = (166.0, 194.0, 166.0)
+"""mm, a usual crop around a head; of no consequence for inference."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and what its folder says of it.
+
+    Attributes:
+        features: of each stage of the encoder.
+        patch: d, h, w.
+        spacing: mm.
+        labels: of the classes.
+        dataset: what nnU-Net calls the training data.
+        cases: how many label maps were trained on.
+        masked: whether z-scores rest on what lies inside the head alone, not on the whole crop.
+    """
+
+    features: tuple[int, ...]
+    patch: Shape
+    spacing: float
+    labels: tuple[Label, ...]
+    dataset: str
+    cases: int
+    masked: bool
+
+
+T1 = Model((16, 32, 64, 128, 256), (128, 176, 128), 1.3, class_labels(), "Dataset902_SynthesisedT1", 16, True)
+"""The built-in model of 32 structures."""
 
 
 def architecture(features: tuple[int, ...]) -> dict[str, Any]:
@@ -52,15 +80,23 @@ def architecture(features: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def build_network(features: tuple[int, ...]) -> Any:
+def build_network(model: Model) -> Any:
     """The network of `architecture`, with deep supervision and He initialisation."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
     from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 
     classes = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
-    arguments = architecture(features) | classes
-    network = PlainConvUNet(input_channels=1, num_classes=len(INDICES), deep_supervision=True, **arguments)
+    arguments = architecture(model.features) | classes
+    network = PlainConvUNet(input_channels=1, num_classes=len(model.labels), deep_supervision=True, **arguments)
     return network.apply(InitWeights_He(1e-2))
+
+
+def start_weights(start: Path, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an nnU-Net model folder or of a bundle; `fresh`: what a new network has."""
+    checkpoint = start / CHECKPOINT
+    if checkpoint.is_file():
+        return dict(read_checkpoint(checkpoint, "0").weights)
+    return bundle_weights(start, fresh)
 
 
 def bundle_weights(path: Path, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,12 +127,12 @@ def _once(name: str) -> str:
     return plain if plain.startswith("decoder.") else f"decoder.{plain}"
 
 
-def write_folder(folder: Path, weights: Mapping[str, Tensor], features: tuple[int, ...], patch: Shape) -> None:
+def write_folder(folder: Path, weights: Mapping[str, Tensor], model: Model) -> None:
     """Write or refresh a model folder; weights are stored in half precision, which loading turns back to single."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "plans.json", _plans(features, patch))
-    _write_json(folder / "dataset.json", _dataset())
-    (folder / "labels.tsv").write_text(label_table(), encoding="utf-8")
+    _write_json(folder / "plans.json", _plans(model))
+    _write_json(folder / "dataset.json", _dataset(model))
+    (folder / "labels.tsv").write_text(label_table(model.labels), encoding="utf-8")
     save(
         {
             "network_weights": {name: weight.detach().cpu().half() for name, weight in weights.items()},
@@ -108,11 +144,12 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], features: tuple[in
     )
 
 
-def label_table() -> str:
+def label_table(labels: Sequence[Label]) -> str:
     """What `edgemuse export --labels` reads."""
-    single = ("yes" if one else "no" for one in class_singles())
-    rows = zip(range(len(INDICES)), INDICES, class_names(), class_colors(), single, strict=True)
-    lines = ["class\tindex\tname\tcolor\tsingle", *("\t".join(map(str, row)) for row in rows)]
+    lines = ["class\tindex\tname\tcolor\tsingle"]
+    for label in labels:
+        cells = (label.number, label.index, label.name, label.color, "yes" if label.single else "no")
+        lines.append("\t".join(map(str, cells)))
     return "\n".join(lines) + "\n"
 
 
@@ -128,28 +165,28 @@ def _write_json(path: Path, contents: object) -> None:
     path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
-def _dataset() -> dict[str, Any]:
+def _dataset(model: Model) -> dict[str, Any]:
     return {
         "channel_names": {"0": "T1w"},
-        "labels": {name: number for number, name in enumerate(class_names())},
-        "numTraining": 16,
+        "labels": {label.name: label.number for label in model.labels},
+        "numTraining": model.cases,
         "file_ending": ".nii.gz",
-        "name": "Dataset902_SynthesisedT1",
+        "name": model.dataset,
     }
 
 
-def _plans(features: tuple[int, ...], patch: Shape) -> dict[str, Any]:
+def _plans(model: Model) -> dict[str, Any]:
     """nnU-Net's plans in the layout of nnunetv2 2.3 and later."""
     resampling = {"is_seg": False, "order_z": 0, "force_separate_z": None}
     configuration = {
         "data_identifier": "nnUNetPlans_3d_fullres",
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 1,
-        "patch_size": list(patch),
-        "median_image_size_in_voxels": [128.0, 149.0, 128.0],
-        "spacing": [SPACING] * 3,
+        "patch_size": list(model.patch),
+        "median_image_size_in_voxels": [round(size / model.spacing, 1) for size in HEAD],
+        "spacing": [model.spacing] * 3,
         "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [True],
+        "use_mask_for_norm": [model.masked],
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_seg": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": resampling | {"order": 3},
@@ -158,14 +195,14 @@ def _plans(features: tuple[int, ...], patch: Shape) -> dict[str, Any]:
         "resampling_fn_probabilities_kwargs": resampling | {"order": 1},
         "architecture": {
             "network_class_name": NETWORK,
-            "arch_kwargs": architecture(features),
+            "arch_kwargs": architecture(model.features),
             "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
         },
         "batch_dice": False,
     }
     intensities = {"max": 1.0, "mean": 0.5, "median": 0.5, "min": 0.0, "percentile_00_5": 0.0, "percentile_99_5": 1.0}
     return {
-        "dataset_name": "Dataset902_SynthesisedT1",
+        "dataset_name": model.dataset,
         "plans_name": "nnUNetPlans",
         "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
         "original_median_shape_after_transp": [192, 224, 192],
@@ -184,7 +221,7 @@ def _plans(features: tuple[int, ...], patch: Shape) -> dict[str, Any]:
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True), default=BUILT_IN, help="Another one like it.")
 def main(output: Path, bundle: Path) -> None:
     """Write the model folder of the built-in model, as nnU-Net's own predictor reads it."""
-    write_folder(output, bundle_weights(bundle, build_network(FEATURES).state_dict()), FEATURES, PATCH)
+    write_folder(output, bundle_weights(bundle, build_network(T1).state_dict()), T1)
     click.echo(output)
 
 

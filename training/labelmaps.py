@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemuse.engines.errors import InputError
+from edgemuse.runtime.regions.labels import Label
 
 LabelMap = NDArray[np.int16]
 """(d, h, w): inferior to superior, anterior to posterior, right to left, at 1 mm. That is an LPS grid's (k, j, i)."""
@@ -76,6 +77,12 @@ def class_colors() -> list[str]:
     left = {right: left for left, right in RIGHT.items()}
     colors = {index: COLORS[left.get(index, index)] for index in INDICES[1:]} | {0: "000000", 41: RIGHT_WHITE_MATTER}
     return [f"#{colors[index]}" for index in INDICES]
+
+
+def class_labels() -> tuple[Label, ...]:
+    """The label table."""
+    rows = zip(INDICES, class_names(), class_colors(), class_singles(), strict=True)
+    return tuple(Label(number, *row) for number, row in enumerate(rows))
 
 
 def class_table() -> NDArray[np.uint8]:

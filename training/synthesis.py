@@ -10,10 +10,12 @@ Arrays are (d, h, w) as in `labelmaps`; lengths are mm; intensities are relative
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,9 +57,37 @@ TEXTURE = 0.12
 SPAN = 240.0
 """mm around the centre of a scan over which its smooth random fields are drawn."""
 
-FAMILY = np.arange(LARGEST + 1)
-for _left, _right in (RIGHT | INNER_PAIRS).items():
-    FAMILY[_right] = _left
+
+@dataclass(frozen=True)
+class Tissues:
+    """The labels of a kind of map, as what they are painted.
+
+    Attributes:
+        means: usual intensity of labels that stand for their family; any other label may have any intensity.
+        family: (1024,) the label whose intensity each label shares.
+        fluids: labels that are fluid.
+        solid: labels between which and white matter the contrast varies.
+        around: number of the fluid around the brain.
+        between: labels of tissue in fluid, in any proportion.
+    """
+
+    means: Mapping[int, float]
+    family: NDArray[np.int64]
+    fluids: tuple[int, ...]
+    solid: tuple[int, ...]
+    around: int
+    between: tuple[int, ...] = ()
+
+
+def _families() -> NDArray[np.int64]:
+    family = np.arange(LARGEST + 1)
+    for left, right in (RIGHT | INNER_PAIRS).items():
+        family[right] = left
+    return family
+
+
+FREESURFER = Tissues(T1_MEANS, _families(), FLUIDS, tuple(set(NAMES) - set(FLUIDS)), 24, tuple(PLEXUS))
+"""The maps of `labelmaps`."""
 
 
 @dataclass(frozen=True)
@@ -177,23 +207,29 @@ def sample_labels(labels: LabelMap, warp: Warp, corner: Tensor, shape: Shape, sp
         shape: of the grid.
         spacing: of the grid, mm.
     """
-    axes = [float(corner[n]) + spacing * torch.arange(shape[n], dtype=torch.float32) for n in range(3)]
-    at = [
-        sum(warp.linear[n, m] * axes[m].reshape([-1 if k == m else 1 for k in range(3)]) for m in range(3))
-        + warp.centre[n]
-        for n in range(3)
-    ]
-    elastic = _field(warp.displacement, axes)
+    points = warped_points(warp, corner, shape, spacing)
     sizes = torch.tensor(labels.shape)
     inside = torch.ones(shape, dtype=torch.bool)
     index = torch.zeros(shape, dtype=torch.int64)
     for n in range(3):
-        voxel = (at[n] + elastic[n]).round_().to(torch.int64)
+        voxel = points[n].round_().to(torch.int64)
         inside &= (voxel >= 0) & (voxel < sizes[n])
         index.mul_(int(sizes[n])).add_(voxel.clamp_(0, int(sizes[n]) - 1))
     found = torch.from_numpy(labels).reshape(-1)[index.reshape(-1)].reshape(shape)
     found[~inside] = 0
     return found
+
+
+def warped_points(warp: Warp, corner: Tensor, shape: Shape, spacing: float) -> list[Tensor]:
+    """Where each point of a grid lies in the label map: (d, h, w) of voxels along each of its axes."""
+    axes = [float(corner[n]) + spacing * torch.arange(shape[n], dtype=torch.float32) for n in range(3)]
+    elastic = _field(warp.displacement, axes)
+    return [
+        sum(warp.linear[n, m] * axes[m].reshape([-1 if k == m else 1 for k in range(3)]) for m in range(3))
+        + warp.centre[n]
+        + elastic[n]
+        for n in range(3)
+    ]
 
 
 def _field(grid: Tensor, axes: list[Tensor]) -> Tensor:
@@ -207,9 +243,9 @@ def _field(grid: Tensor, axes: list[Tensor]) -> Tensor:
     return grid[0]
 
 
-def draw_look(g: torch.Generator) -> Look:
+def draw_look(g: torch.Generator, tissues: Tissues = FREESURFER) -> Look:
     """The contrast, mask, field, resolution and noise of one scan."""
-    means, spreads = _any_intensities(g) if chance(g, RANDOM_CONTRAST) else t1_intensities(g)
+    means, spreads = _any_intensities(g, tissues) if chance(g, RANDOM_CONTRAST) else t1_intensities(g, tissues)
     voxel = _acquired_spacing(g)
     log_bias = torch.randn((1, 1, 4, 4, 4), generator=g) * uniform(g, 0, 0.45)
     return Look(
@@ -226,10 +262,10 @@ def draw_look(g: torch.Generator) -> Look:
     )
 
 
-def usual_look(g: torch.Generator, stripped: bool) -> Look:
+def usual_look(g: torch.Generator, stripped: bool, tissues: Tissues = FREESURFER) -> Look:
     """T1 contrast at about 1 mm with moderate noise and field: a scan as hospitals make them."""
-    means, spreads = t1_intensities(g)
-    look = draw_look(g)
+    means, spreads = t1_intensities(g, tissues)
+    look = draw_look(g, tissues)
     return replace(
         look,
         means=means,
@@ -254,27 +290,28 @@ def textured(look: Look, g: torch.Generator) -> Look:
     return replace(look, texture=Texture(torch.randn((1, 1, points, points, points), generator=g), shares))
 
 
-def t1_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
+def t1_intensities(g: torch.Generator, tissues: Tissues = FREESURFER) -> tuple[Tensor, Tensor]:
     """(1024,) means and spreads around those of T1; left and right of a structure are nearly alike."""
-    count, family = LARGEST + 1, torch.from_numpy(FAMILY)
+    count, family = LARGEST + 1, torch.from_numpy(tissues.family)
     drawn = torch.rand(count, generator=g)
     means = drawn * 1.3  # whatever has no usual intensity, above all outside the brain
-    for label, mean in T1_MEANS.items():
+    for label, mean in tissues.means.items():
         means[label] = mean
     contrast = uniform(g, 0.6, 1.4)  # of grey to white matter
-    known = torch.tensor([label for label in NAMES if label not in FLUIDS])
-    means[known] = 1 - (1 - means[known]) * contrast
-    means[torch.tensor(FLUIDS)] *= uniform(g, 0.3, 1.5)
-    plexus = torch.tensor(list(PLEXUS))  # tissue in fluid, in any proportion
-    means[plexus] = means[4] + (0.2 + 0.9 * drawn[plexus[0]]) * (means[3] - means[4])
+    solid = torch.tensor(tissues.solid)
+    means[solid] = 1 - (1 - means[solid]) * contrast
+    means[torch.tensor(tissues.fluids)] *= uniform(g, 0.3, 1.5)
+    if tissues.between:
+        between = torch.tensor(tissues.between)
+        means[between] = means[4] + (0.2 + 0.9 * drawn[between[0]]) * (means[3] - means[4])
     means *= torch.exp(torch.randn(count, generator=g).clamp(-2.5, 2.5) * 0.06)
     spreads = (0.02 + torch.rand(count, generator=g) * 0.06)[family]
     return _settled(means[family], spreads, g)
 
 
-def _any_intensities(g: torch.Generator) -> tuple[Tensor, Tensor]:
+def _any_intensities(g: torch.Generator, tissues: Tissues) -> tuple[Tensor, Tensor]:
     """(1024,) means and spreads of a contrast that no scanner need have."""
-    count, family = LARGEST + 1, torch.from_numpy(FAMILY)
+    count, family = LARGEST + 1, torch.from_numpy(tissues.family)
     means = torch.rand(count, generator=g)[family] * 1.2
     return _settled(means, torch.rand(count, generator=g)[family] * 0.12, g)
 
@@ -294,23 +331,31 @@ def _acquired_spacing(g: torch.Generator) -> tuple[float, float, float]:
     return voxel[0], voxel[1], voxel[2]
 
 
-def paint(labels: Tensor, look: Look, corner: Tensor, spacing: float, g: torch.Generator) -> Tensor:
+def paint(
+    labels: Tensor, look: Look, corner: Tensor, spacing: float, g: torch.Generator, tissues: Tissues = FREESURFER
+) -> Tensor:
     """(d, h, w) intensities of a clean scan before its resolution is lost: tissue, texture, field and mask."""
     index = labels.to(torch.int64).reshape(-1)
     image = look.means[index].reshape(labels.shape)
     image += look.spreads[index].reshape(labels.shape) * torch.randn(labels.shape, generator=g)
+    return lit(image, labels, look, corner, spacing, tissues)
+
+
+def lit(image: Tensor, labels: Tensor, look: Look, corner: Tensor, spacing: float, tissues: Tissues) -> Tensor:
+    """The clean scan of tissue as bright as `image`, in place: with texture, field and mask."""
     axes = [float(corner[n]) + spacing * torch.arange(labels.shape[n], dtype=torch.float32) for n in range(3)]
     if look.texture is not None:
-        image *= 1 + look.texture.shares[index].reshape(labels.shape) * _field(look.texture.field, axes)[0]
+        shares = look.texture.shares[labels.to(torch.int64)]
+        image *= 1 + shares * _field(look.texture.field, axes)[0]
     image *= torch.exp(_field(look.bias, axes)[0])
     if look.stripped is not None:
-        image *= brain_mask(labels, look.stripped, look.fluid, spacing)
+        image *= brain_mask(labels, look.stripped, look.fluid, spacing, tissues)
     return image.clamp_min_(0)
 
 
-def brain_mask(labels: Tensor, grown: float, fluid: bool, spacing: float) -> Tensor:
+def brain_mask(labels: Tensor, grown: float, fluid: bool, spacing: float, tissues: Tissues = FREESURFER) -> Tensor:
     """(d, h, w) 0 or 1: the brain, with or without the fluid around it, grown by about `grown` times 3 mm."""
-    brain = ((labels > 0) & (labels < OUTSIDE) & ((labels != 24) | fluid)).float()
+    brain = ((labels > 0) & (labels < OUTSIDE) & ((labels != tissues.around) | fluid)).float()
     smooth = smooth_by(brain, (2.5 / spacing,) * 3)
     return (smooth > 0.5 - 0.42 * grown).float()
 
