@@ -1,1 +1,1 @@
-"""Measurements against the PyTorch reference, each a command: `python -m edgemuse.bench.pages.parity --help`."""
+"""Measurements against nnU-Net's own predictor: `edgemuse bench`, and the programs that write `docs/measured`."""

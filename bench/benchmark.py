@@ -1,4 +1,4 @@
-"""The whole benchmark: what to measure, the measuring, the scores, the report."""
+"""`edgemuse bench run` from its request to its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from edgemuse.runtime.scan.nifti import file_sha256, scan_stem
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, None where its default is meant, and how it was typed."""
+    """What the command line asks for; None stands for a default. `command` is the line as it was typed."""
 
     bundle: Path | None
     output: Path
@@ -47,7 +47,7 @@ class Request:
 
 
 def benchmark(request: Request, say: Callable[[str], None]) -> Path:
-    """Measure what `request` asks for, as far as its report does not hold it yet; returns the report's main file."""
+    """Measure what the report in `request` does not hold yet, and write the report; returns its main file."""
     if request.mlperf:
         mlperf.require_loadgen()
     model = open_model(find_model(request.bundle))
@@ -104,7 +104,7 @@ def _check_truth(scans: Sequence[Source], table: Sequence[Structure]) -> None:
 
 
 def _check_unchanged(results: Results, scans: Sequence[Source]) -> None:
-    """Raise OutputError where the report holds measurements on another scan of the same name."""
+    """Raise OutputError if the report holds measurements on another scan of the same name."""
     for scan in scans:
         row = results.find(kind="run", scan=scan_stem(scan.path))
         if row is not None and row["scan_sha256"] != [scan.sha256]:

@@ -27,7 +27,7 @@ class Bench(click.Group):
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of a first visit."""
+        """Return the commands in the order in which a new user needs them."""
         return list(self.commands)
 
 
@@ -45,7 +45,7 @@ def bench() -> None:
           two reports side by side
 
     A first argument that is no command means 'run': 'edgemuse bench run --help' lists its options.
-    Needs more than the runtime: pip install "edgemuse[bench]".
+    It needs more than the runtime. In the folder of the source: pip install ".[bench]"
     """  # noqa: D301 click reads the backspace itself
 
 
@@ -90,7 +90,7 @@ def run(
 
     BUNDLE is a folder or a .zip that 'export' made, or a name that 'models list' shows; without it, the built-in model.
 
-    Each run is a process of its own, in turn with the other systems', and measured whole, from its start to its end.
+    Each run is a process of its own, measured from its start to its end. The systems take turns.
     Accuracy stands beside speed: Dice, 95 % Hausdorff distance and volumes against the truth, where there is one, and
     against the baseline: nnU-Net's own predictor with --reference, else edgemuse's profile 'reference' in fp32.
 
@@ -149,5 +149,5 @@ def downstream(reference: Path, engine: Path, covariates: Path) -> None:
 
 
 def _typed() -> str:
-    """The command line, for a report to name."""
+    """Return the command line as it was typed, so that the report can name it."""
     return shlex.join(["edgemuse", *sys.argv[1:]])

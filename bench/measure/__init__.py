@@ -1,1 +1,1 @@
-"""One measurement each: a system run in a process of its own, its accuracy, memory and scaling."""
+"""Measurements, one kind in each file: time and memory of a process, accuracy of labels, growth with size."""

@@ -26,7 +26,7 @@ LabelMap = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Structure:
-    """A structure as both protocols know it: the label numbers that make it up in either."""
+    """A structure, and the label numbers that make it up in the model's protocol and in the truth's."""
 
     name: str
     found: tuple[int, ...]
@@ -56,14 +56,20 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two label maps: the share of voxels with the same label, scores, and structures that neither map has."""
+    """How two label maps compare.
+
+    Attributes:
+        agreement: share of voxels with the same label.
+        scores: of the structures that either map has.
+        absent: number of structures that neither map has.
+    """
 
     agreement: float
     scores: tuple[Score, ...]
     absent: int
 
     def fields(self) -> dict[str, Any]:
-        """As fields of a row."""
+        """Return the comparison as fields of a row."""
         return {
             "agreement": self.agreement,
             "structures": [asdict(score) for score in self.scores],
@@ -105,7 +111,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def read_labels(path: Path) -> tuple[LabelMap, Affine]:
-    """Whole numbers (i, j, k) and the affine of the label map at `path`; raises InputError."""
+    """Read the label map at `path`: whole numbers (i, j, k) and its affine; raises InputError."""
     scan = open_scan(path)
     try:
         data = np.asanyarray(scan.nifti.dataobj)
@@ -141,7 +147,7 @@ def compare(found: LabelMap, truth: LabelMap, structures: Sequence[Structure], a
 
 
 def _renumbered(labels: LabelMap, groups: Sequence[tuple[int, ...]]) -> LabelMap:
-    """Structure 1, 2, ... where `labels` is one of group 0, 1, ...; else 0."""
+    """Number the voxels of `labels` by the group that has their label, from 1 on; 0 if none has."""
     highest = max(int(labels.max()), *(max(group) for group in groups))
     table = np.zeros(highest + 1, np.int64)
     for number, group in enumerate(groups, 1):

@@ -1,4 +1,4 @@
-"""What is measured: DLMUSE's network and the trained ones, as bundles with int8 and fp16 graphs, and their scans."""
+"""The networks that the performance page is about, each as a bundle with every precision, and their scans."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from edgemuse.runtime.model.builtin import BUILT_IN, SAMPLE_SCAN
 from edgemuse.runtime.model.bundle import open_bundle
 
 SMALL_RAM = "2.1"
-"""GiB, for `fast` in int8 on a machine with little memory: less than is planned for one pass."""
+"""What `--max-ram` gets, in GiB, to show `fast` in int8 on a small machine: less than one pass is planned to take."""
 CORNER = 64
-"""Voxels along each side of what random weights are calibrated on: NNCF keeps every activation."""
+"""Voxels along each side of what random weights are calibrated on; a whole patch takes NNCF too much memory."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network and scans.
+    """A network and the scans that it is measured on.
 
     Attributes:
-        name: for people.
-        bundle: with every precision that can be made.
-        folder: the same in nnU-Net's own format; None where that is not at hand.
-        timed: the scan that is measured, LPS.
-        others: scans that only the labels are compared of, LPS.
+        name: what people call the network.
+        bundle: the network with every precision that can be made.
+        folder: the same in nnU-Net's own format; None if that is not at hand.
+        timed: the scan on which time is measured, LPS.
+        others: scans on which only labels are compared, LPS.
         truth: label map of `timed`, if one is known.
-        unmirrored: the bundle as if the checkpoint allowed no mirroring, if that is measured too.
+        unmirrored: the bundle as if the checkpoint allowed no mirroring; None if that is not measured.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Case:
 
 
 def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
-    """DLMUSE's plans and classes, random weights, mirroring allowed as DLMUSE allows it; a real T1, cropped."""
+    """Make DLMUSE's network with random weights, mirrored as DLMUSE allows it, and crop a real T1 for it."""
     folder = made(work / "model", partial(random_dlmuse, shared, mirror_axes=(0, 1, 2)))
     scan = dlmuse_scan(shared, work)
     plain = exported(folder, work / "fp32.bundle", progress=progress)
@@ -58,9 +58,9 @@ def dlmuse(shared: Path, work: Path, progress: Progress) -> Case:
 
 
 def trained(name: str, plain: Path, folder: Path | None, shared: Path, work: Path, progress: Progress) -> Case:
-    """The trained network of the bundle `plain`, on a scan with truth and two without.
+    """Make a case of the trained network in the bundle `plain`, with a scan that has a truth and two that have none.
 
-    It is calibrated on the sample scan, which is synthetic, so none of those.
+    The network is calibrated on the sample scan, which is synthetic, so none of these.
     """
     bundle = _all_precisions(plain, work / "all.bundle", SAMPLE_SCAN, progress)
     timed, truth, *others = (
@@ -71,20 +71,20 @@ def trained(name: str, plain: Path, folder: Path | None, shared: Path, work: Pat
 
 
 def development(shared: Path, work: Path, progress: Progress) -> Case:
-    """The development model."""
+    """Make a case of the development model."""
     plain = development_bundle(shared, work, progress)
     return trained("development model", plain, shared / "data" / "devmodel", shared, work, progress)
 
 
 def built_in(shared: Path, work: Path, progress: Progress) -> Case:
-    """The built-in model."""
+    """Make a case of the built-in model."""
     return trained("built-in model", BUILT_IN, None, shared, work, progress)
 
 
 def _all_precisions(plain: Path, output: Path, scan: Path, progress: Progress, side: int | None = None) -> Path:
-    """The bundle `plain` if it stores int8, else a copy with int8 and fp16, calibrated on `scan`.
+    """Return the bundle `plain` if it stores int8, else a copy with int8 and fp16, calibrated on `scan`.
 
-    `side` None: on whole patches, else on one corner of one patch.
+    With a `side` it is calibrated on a corner of one patch, of that many voxels along each side.
     """
     source = open_bundle(plain)
     if "int8" in source.manifest.graphs:
@@ -102,7 +102,7 @@ def _all_precisions(plain: Path, output: Path, scan: Path, progress: Progress, s
 
 
 def without_mirroring(bundle: Path, output: Path) -> Path:
-    """A copy of `bundle` as if the checkpoint allowed no mirroring."""
+    """Copy `bundle` as if the checkpoint allowed no mirroring."""
     if not output.exists():
         source = open_bundle(bundle)
         network = replace(source.manifest.network, mirror_axes=())

@@ -19,7 +19,7 @@ from edgemuse.bench.measure.process import INTERVAL, resident
 
 WORKERS = 2
 PATIENCE = 60.0
-"""Seconds in which the workers must have started."""
+"""Seconds within which the workers must have started."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Cluster:
     nannies: list[subprocess.Popen[bytes]]
 
     def workers(self) -> list[psutil.Process]:
-        """The process of each worker: of a nanny's children, the largest."""
+        """Return the process of each worker, which is the largest of its nanny's children."""
         children = [psutil.Process(nanny.pid).children(recursive=True) for nanny in self.nannies]
         return [max(found, key=resident) for found in children]
 
 
 @contextmanager
 def dask_cluster(folder: Path, preload: str = "") -> Iterator[Cluster]:
-    """A scheduler and `WORKERS` workers with their files in `folder`; the workers run the code `preload` first."""
+    """Run a scheduler and `WORKERS` workers with their files in `folder`; the workers run the code `preload` first."""
     place = Path(tempfile.mkdtemp(dir=folder))
     (place / "preload.py").write_text(preload)
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(folder / "cache")}
@@ -57,7 +57,7 @@ def dask_cluster(folder: Path, preload: str = "") -> Iterator[Cluster]:
 
 
 def _commands(place: Path) -> list[list[str]]:
-    """The scheduler's command and the workers'."""
+    """Return the command of the scheduler and those of the workers."""
     common = ["--scheduler-file", str(place / "scheduler.json"), "--no-dashboard", "--host", "127.0.0.1"]
     worker = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(place)]
     scheduler = ["dask_scheduler", "--port", "0", *common]

@@ -1,4 +1,4 @@
-"""Size of what is installed: `python -m edgemuse.bench.measure.footprint`, and a row of every report.
+"""How much disk a system needs: `python -m edgemuse.bench.measure.footprint`, and a row of every report.
 
 Adds up the files of the packages that a system needs here, with all that they require. What only an extra brings is
 not counted.
@@ -16,7 +16,7 @@ import click
 from packaging.requirements import Requirement
 
 OWN = ("edgemuse.engines", "edgemuse.runtime", "edgemuse.calibration", "edgemuse.export", "edgemuse.bench")
-"""Our own files, which an editable install does not list."""
+"""Packages of edgemuse, whose files an editable install does not list."""
 NEEDS = {
     "edgemuse/openvino": ("edgemuse",),
     "edgemuse/onnxruntime": ("edgemuse", "onnxruntime"),
@@ -25,11 +25,11 @@ NEEDS = {
     "plain/onnxruntime": ("onnxruntime", "nibabel", "scipy"),
     "nnunet": ("nnunetv2", "torch"),
 }
-"""Packages by the beginning of a system's name."""
+"""The packages that a system needs, by the beginning of its name."""
 
 
 def required_by(names: Iterable[str]) -> set[str]:
-    """`names` and every package that they require here, extras left out, as their canonical names."""
+    """Return the canonical names of `names` and of every package that they require here, extras left out."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:

@@ -1,8 +1,8 @@
-"""MLPerf's load generator over one system: `python -m edgemuse.bench.measure.loadgen JOB RESULT`, a process of its own.
+"""Have MLPerf's load generator ask one system: `python -m edgemuse.bench.measure.loadgen JOB RESULT`.
 
-A sample is a scan on disk, the answer to it the bytes of its label map, which was written to disk before: the whole
-way of a scan, where MLPerf's own 3D-UNet begins with a preprocessed array in memory. Each scenario is run twice, for
-accuracy and for time; the logs lie in the job's output, under SCENARIO/MODE.
+A sample is a scan on disk. The answer is the bytes of its label map, which is written to disk first. So the whole way
+of a scan is measured, where MLPerf's own 3D-UNet begins with a preprocessed array in memory. Each scenario is run
+twice, for accuracy and for time. The logs lie in the job's output, under SCENARIO/MODE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = {"SingleStream": "result_90.00_percentile_latency_ns", "Offline": "res
 MODES = ("AccuracyOnly", "PerformanceOnly")
 DETAIL = "mlperf_log_detail.txt"
 FEWEST_QUERIES = 5
-"""Of a performance run, where there are fewer scans."""
+"""How many scans a performance run asks for at least; if there are fewer, it asks for some again."""
 
 
 def run(scenario: str, mode: str, samples: int, answer: Callable[[int], bytes], folder: Path) -> None:

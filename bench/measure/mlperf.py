@@ -1,4 +1,4 @@
-"""MLPerf's way of measuring: its scenarios through its load generator, its accuracy log scored.
+"""MLPerf's way of measuring: run its scenarios through its load generator, and score its accuracy log.
 
 Its 3D-UNet benchmark asks for 99 % or 99.9 % of the reference's mean Dice.
 """
@@ -27,15 +27,15 @@ SCENARIOS = ("SingleStream", "Offline")
 LOGS = "mlperf"
 ACCURACY_LOG = Path("AccuracyOnly", "mlperf_log_accuracy.json")
 SHARES = (0.99, 0.999)
-"""Of the reference's mean Dice: MLPerf's two levels of accuracy."""
+"""MLPerf's two levels of accuracy, as shares of the reference's mean Dice."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What the label maps of an accuracy log are held against.
+    """What the label maps of an accuracy log are compared with.
 
     Attributes:
-        against: `truth` where any scan has one, else the baseline's name.
+        against: `truth` if any scan has one, else the baseline's name.
         others: a label map for each scan that is scored.
         table: which labels correspond.
     """
@@ -46,7 +46,7 @@ class Judge:
 
 
 def require_loadgen() -> None:
-    """Raise BackendError where LoadGen is not installed."""
+    """Raise BackendError if LoadGen is not installed."""
     if importlib.util.find_spec("mlperf_loadgen") is None:
         raise BackendError("--mlperf needs MLPerf's load generator; run: pip install mlcommons-loadgen")
 
@@ -61,7 +61,7 @@ def measure(subject: Subject, system: System, judge: Judge, results: Results) ->
 
 
 def _rows(subject: Subject, system: System, judge: Judge, work: Path, report: Path) -> list[Row]:
-    """A row for each scenario."""
+    """Run `system` and return a row for each scenario."""
     try:
         _, found = run_process(LOADGEN, Step(system, subject.scans, 1, batch=True), subject, work, work / "engines")
     except ProcessFailure as failure:
@@ -94,7 +94,7 @@ def logged_dice(log: Path, system: System, subject: Subject, judge: Judge, work:
 
 
 def judge_of(subject: Subject, results: Results, structures: Sequence[Structure], mapped: Sequence[Structure]) -> Judge:
-    """The truth, through `mapped`, of the scans that have one; where none has, the baseline's labels."""
+    """Judge by the truth, through `mapped`, of the scans that have one; if none has, by the baseline's labels."""
     truths = {scan: scan.truth for scan in subject.scans if scan.truth is not None}
     if truths:
         return Judge("truth", truths, mapped)
@@ -127,7 +127,7 @@ class Scenario:
 
 
 def scenarios(rows: Sequence[Row]) -> list[Scenario]:
-    """What was measured through LoadGen."""
+    """Return what was measured through LoadGen."""
     found = []
     base = baseline_of(rows)
     for row in rows:

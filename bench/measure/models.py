@@ -1,4 +1,4 @@
-"""Model folders in nnU-Net's own format, made for measurements: variants of a trained one, and random weights."""
+"""Model folders in nnU-Net's own format for measurements: variants of a trained one, and ones with random weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from edgemuse.bench.measure import scans
 from edgemuse.export.exporter import ExportOptions, export_model
 
 DLMUSE_SHAPE = (163, 214, 155)
-"""Of a T1 that was cropped to the brain, at 1 mm."""
+"""Voxels of 1 mm of a T1 that was cropped to the brain."""
 
 
 Progress: TypeAlias = Callable[[str], None]
 
 
 def made(target: Path, make: Callable[[Path], object]) -> Path:
-    """`target`, if it is not there yet made by `make` beside it and then renamed: it is whole or absent."""
+    """Return `target`, made by `make` if it is absent: under another name first, so that it is never half made."""
     if not target.exists():
         part = target.with_name(f"{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)  # of a run that was interrupted
@@ -34,20 +34,20 @@ def made(target: Path, make: Callable[[Path], object]) -> Path:
 
 
 def exported(folder: Path, bundle: Path, labels: Path | None = None, progress: Progress = lambda _: None) -> Path:
-    """The model folder as a bundle, exported once."""
+    """Return the bundle of a model folder, exported if it is not there yet."""
     if not bundle.exists():
         export_model(folder, bundle, ExportOptions(orientation="LPS", labels=labels, progress=progress))
     return bundle
 
 
 def development_bundle(shared: Path, work: Path, progress: Progress = lambda _: None) -> Path:
-    """The trained development model with FreeSurfer's numbers, exported once into `work`."""
+    """Return the bundle of the development model with FreeSurfer's numbers, exported if `work` does not hold it."""
     folder = shared / "data" / "devmodel"
     return exported(folder, work / "dev.bundle", folder / "labels.tsv", progress)
 
 
 def parity_models(shared: Path, work: Path) -> dict[str, Path]:
-    """The trained development model as it is, mirrored, as an ensemble; and two networks of random weights."""
+    """Make the models of the parity page: the development model in three variants, and two with random weights."""
     trained = shared / "data" / "devmodel"
     return {
         "dev": trained,
@@ -59,13 +59,13 @@ def parity_models(shared: Path, work: Path) -> dict[str, Path]:
 
 
 def random_dlmuse(shared: Path, folder: Path, mirror_axes: tuple[int, ...] | None = None) -> Path:
-    """DLMUSE's own plans and 152 classes with random weights: upstream's may not be passed on."""
+    """Make DLMUSE's network of its own plans with random weights, because upstream's may not be passed on."""
     facts = shared / "data" / "dlmuse"
     return random_model(facts / "plans.json", facts / "dataset.json", 152, folder, mirror_axes=mirror_axes)
 
 
 def dlmuse_scan(shared: Path, work: Path) -> Path:
-    """A real T1 of `DLMUSE_SHAPE` at 1 mm, LPS, alone in a folder in `work`."""
+    """Make a real T1 of `DLMUSE_SHAPE` at 1 mm, LPS, alone in a folder in `work`."""
     upright = scans.reoriented(shared / "data" / "t1" / "crop_T1w.nii.gz", work / "upright.nii.gz", "LPS")
     (work / "scan").mkdir(exist_ok=True)
     return scans.centre_crop(upright, work / "scan" / "brain_T1w.nii.gz", DLMUSE_SHAPE)
@@ -79,7 +79,7 @@ def random_model(
     seed: int = 0,
     mirror_axes: tuple[int, ...] | None = None,
 ) -> Path:
-    """A folder with one fold of random weights for the 3d_fullres network of `plans`."""
+    """Make a model folder with one fold of random weights for the 3d_fullres network of `plans`."""
     folder.mkdir(parents=True)
     shutil.copy(plans, folder / "plans.json")
     content = json.loads(dataset.read_text())
@@ -138,7 +138,7 @@ def _mirrored(trained: Path, target: Path) -> Path:
 
 
 def _ensemble(trained: Path, target: Path) -> Path:
-    """Fold 1 is fold 0 with noise of a twentieth of each weight tensor's spread, so that the folds differ."""
+    """Make two folds: the second is the first with noise of a twentieth of each weight tensor's spread."""
     _copy_plans(trained, target)
     weights = _weights(trained)
     torch.manual_seed(1)
@@ -149,7 +149,7 @@ def _ensemble(trained: Path, target: Path) -> Path:
 
 
 def _residual(trained: Path, target: Path) -> Path:
-    """A residual encoder network of random weights on the trained model's plans."""
+    """Make a residual encoder network with random weights from the trained model's plans."""
     plans = json.loads((trained / "plans.json").read_text())
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"

@@ -1,4 +1,4 @@
-"""The peers that run the same graph: logits out, in OpenVINO and ONNX Runtime used as their manuals show."""
+"""Peers that run the same network, in OpenVINO and ONNX Runtime used as their manuals show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOGITS = "logits"
 
 
 def logits_graph(bundle: Bundle) -> bytes:
-    """The bundle's fp32 graph with its head as a last 1x1x1 convolution: (1, 1, D, H, W) to (1, C, D, H, W)."""
+    """Return the fp32 graph with its head as a last 1x1x1 convolution, (1, 1, D, H, W) to (1, C, D, H, W)."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -38,7 +38,7 @@ def logits_graph(bundle: Bundle) -> bytes:
 
 
 class PlainSegmenter(Segmenter):
-    """edgemuse's steps around an engine that returns logits, which are summed over tiles: `reference`, fp32."""
+    """edgemuse's steps around an engine that returns logits; they are those of `reference` in fp32."""
 
     def __init__(self, bundle: Bundle, engine: Engine, threads: int | None) -> None:
         options = Options("reference", engine.backend, "fp32", threads=threads, postprocess=False)
@@ -48,12 +48,12 @@ class PlainSegmenter(Segmenter):
         self._given = engine
 
     def engine(self, tile: Shape) -> Engine:
-        """The engine it was given, for tiles of the patch's shape."""
+        """Return the engine that was given, which takes tiles of the patch's shape."""
         return self._given
 
 
 class PlainOpenVINO:
-    """`compile_model` and `infer`, with no setting but fp32 and threads."""
+    """OpenVINO with no setting but fp32 and threads."""
 
     backend, device, precision = "openvino", "CPU", "fp32"
 
@@ -76,7 +76,7 @@ class PlainOpenVINO:
 
 
 class PlainONNXRuntime:
-    """`InferenceSession` and `run`, with no setting but threads."""
+    """ONNX Runtime with no setting but threads."""
 
     backend, device, precision = "onnxruntime", "CPU", "fp32"
 
@@ -99,7 +99,7 @@ class PlainONNXRuntime:
 
 
 def open_plain(backend: str, graph: bytes, patch: Shape, threads: int | None) -> Engine:
-    """A session of `backend` for `graph`, (1, 1, D, H, W) to (1, C, D, H, W), at the shape of `patch`."""
+    """Open a session of `backend` for `graph`, (1, 1, D, H, W) to (1, C, D, H, W), at the shape of `patch`."""
     engines: dict[str, type[PlainOpenVINO | PlainONNXRuntime]] = {
         "openvino": PlainOpenVINO,
         "onnxruntime": PlainONNXRuntime,

@@ -1,4 +1,4 @@
-"""Running a process to its end and measuring it from outside: wall time, memory of its whole tree, energy."""
+"""Run a process to its end and measure it from outside: wall time, memory with its children, energy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTERVAL = 0.05
 
 @dataclass(frozen=True)
 class Run:
-    """A process from start to end.
+    """What a process took from its start to its end.
 
     Attributes:
         seconds: wall time.

@@ -1,4 +1,4 @@
-"""nnU-Net's own predictor as the reference, and the same steps with sums in float64 as the judge between two."""
+"""nnU-Net's own predictor, which is the reference, and its steps with sums in float64, which judge between two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgemuse.runtime.network.tiles import TilePlan, gaussian_window, plan_tiles
 
 
 class Reference:
-    """A model folder in nnU-Net's own hands, on the CPU, step 0.5, Gaussian weights; without `folds` all found."""
+    """nnU-Net's predictor for a model folder, on the CPU, step 0.5, Gaussian weights; all folds if none are named."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Reference:
             self.predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
 
     def labels(self, scan: Path, sums: torch.dtype = torch.half) -> NDArray[np.int64]:
-        """Class numbers (i, j, k) of the stored grid, as nnU-Net predicts them.
+        """Predict class numbers (i, j, k) on the stored grid.
 
         nnU-Net adds the logits of its tiles up in half precision. Other `sums` change that and nothing else.
         """
@@ -50,7 +50,7 @@ class Reference:
         return np.asarray(segmentation).T.astype(np.int64)
 
     def run_as(self, variant: str, timed: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Have PyTorch run the network as one of `VARIANTS`, every call of it `timed` as `infer`."""
+        """Run the network as one of `VARIANTS` from now on, with every call of it `timed` as `infer`."""
         network = self.predictor.network
         network.forward = timed("infer", VARIANTS[variant](network))
 
@@ -74,7 +74,7 @@ class Reference:
                 SimpleITKIO().write_seg(labels, str(target), properties)
 
     def exact(self, scan: Path) -> Exact:
-        """The same networks and steps, with every sum over tiles, mirrorings and folds in float64."""
+        """Take the same steps with every sum over tiles, mirrorings and folds in float64."""
         image, properties = SimpleITKIO().read_images([str(scan)])
         plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
         preprocessor = configuration.preprocessor_class(verbose=False)
@@ -144,11 +144,11 @@ VARIANTS: dict[str, Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "channels-last": _channels_last,
     "bf16": _bf16,
 }
-"""Ways to run a network in PyTorch: from the network to what is called instead of its `forward`."""
+"""Ways to run a network in PyTorch; each returns what is called instead of the network's `forward`."""
 
 
 class Exact:
-    """Float64 logits (C, d, h, w) inside the crop, the labels that follow, and how far half precision may be off."""
+    """Logits in float64 (C, d, h, w) inside the crop, and how far sums in half precision may be off."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Exact:
         self.logits, self._box, self._shape, self._back, self._error = logits, box, shape, back, error
 
     def labels(self) -> NDArray[np.int64]:
-        """Class numbers (i, j, k) of the stored grid."""
+        """Return class numbers (i, j, k) on the stored grid."""
         whole = np.zeros(self._shape, np.int64)
         whole[self._box] = self.logits.argmax(0)
         return whole.transpose(self._back).T

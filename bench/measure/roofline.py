@@ -1,7 +1,7 @@
-"""What this processor can do at best, and what a network asks of it.
+"""How many operations a second this processor reaches at best, and how many a network needs.
 
-The peak is measured, not taken from a data sheet: matrix products large enough to be limited by arithmetic, compiled by
-OpenVINO in each precision, on all cores.
+The peak is measured, not taken from a data sheet. OpenVINO runs matrix products in each precision on all cores; they
+are so large that arithmetic, not memory, limits them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def peak(precision: str, seconds: float = 2.0) -> float:
 
 
 def peaks(seconds: float = 2.0) -> dict[str, float]:
-    """`peak` of every precision that OpenVINO offers on this processor."""
+    """Return the `peak` of every precision that OpenVINO offers on this processor."""
     return {precision: peak(precision, seconds) for precision in probe().get("CPU", [])}
 
 

@@ -1,4 +1,7 @@
-"""`results.jsonl`: one self-contained row per measurement, appended as it is made, so that a run can go on later."""
+"""Rows of measurements in a file, appended as they are made, so that an interrupted run can go on.
+
+A report's rows lie in `results.jsonl`; each says by itself in which state it was measured.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,30 @@ Row: TypeAlias = dict[str, Any]
 NAME = "results.jsonl"
 PACKAGES = ("edgemuse", "openvino", "onnxruntime", "numpy", "scipy", "nibabel", "torch", "nnunetv2")
 CONTEXT = ("commit", "machine", "cpu_flags", "versions", "threads", "bundle_sha256")
-"""What all rows of one report have in common: figures that differ in it must not be put side by side as one."""
+"""Fields that are the same in all rows of a report; figures that differ in them are not compared as one."""
 KINDS = ("run", "batch", "accuracy", "installed", "scaling", "mlperf")
 REQUIRED = ("kind", "system", *CONTEXT)
 
 
 def state(**versions: str) -> Row:
-    """What figures depend on besides the model; `versions` are those of packages that `PACKAGES` does not name."""
+    """Return what figures depend on besides the model; `versions` are of packages that `PACKAGES` does not name."""
     known = {"python": platform.python_version()} | dict(_versions())
     return {"commit": commit(), "machine": machine(), "versions": known | versions}
 
 
 def machine_text(row: Row) -> str:
-    """The machine in the state `row`, for people."""
+    """Describe the machine in a row or state."""
     machine = row["machine"]
     return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}"
 
 
 def versions_text(row: Row) -> str:
-    """The versions in the state `row`, for people."""
+    """List the versions in a row or state."""
     return ", ".join(f"{name} {number}" for name, number in row["versions"].items())
 
 
 def context(threads: int | None, bundle_sha256: str) -> Row:
-    """The fields of `CONTEXT` here and now."""
+    """Return the fields of `CONTEXT` as they are now."""
     return state() | {"cpu_flags": cpu_flags(), "threads": threads, "bundle_sha256": bundle_sha256}
 
 
@@ -55,7 +58,7 @@ def _versions() -> Iterable[tuple[str, str]]:
 
 
 def commit() -> str:
-    """Of the checkout that runs, with `-dirty` if anything but `docs/` was changed since; else edgemuse's version."""
+    """Name the commit that runs, `-dirty` if files outside `docs/` were changed; without git, edgemuse's version."""
     try:
         name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)docs")
@@ -70,7 +73,7 @@ def _git(*arguments: str) -> str:
 
 
 def cpu_flags() -> list[str]:
-    """The instruction sets of the processor, where the system tells."""
+    """List the instruction sets of the processor, if the system names them."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -81,7 +84,7 @@ def cpu_flags() -> list[str]:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a report, in the order in which they were made; raises InputError if there are none."""
+    """Read the rows of a report in the order in which they were made; raises InputError if there are none."""
     path = folder / NAME
     try:
         lines = whole_lines(path)
@@ -91,18 +94,18 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file of rows, but for a last one that an interrupted run left half written."""
+    """Read the lines of a file of rows, without a last one that an interrupted run left half written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
 
 
 def rewrite(path: Path) -> None:
-    """Drop a half line from the file of rows at `path`, so that others can follow."""
+    """Drop a half-written last line from the file of rows at `path`."""
     write_file(path, "".join(whole_lines(path)).encode())
 
 
 def append(path: Path, line: str) -> None:
-    """Add `line` to the file of rows at `path`; it is on the disk when this returns."""
+    """Add `line` to the file of rows at `path` and wait until it is on the disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
@@ -123,7 +126,7 @@ class Results:
     """The rows of one report: those made earlier, and a file that new ones are appended to."""
 
     def __init__(self, folder: Path, shared: Row) -> None:
-        """Go on with the report in `folder`; raises OutputError if it was made of or on something else."""
+        """Go on with the report in `folder`; raises OutputError if its rows differ from `shared`."""
         self.folder, self.shared = folder, shared
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ class Results:
             rewrite(folder / NAME)
 
     def find(self, **fields: Any) -> Row | None:
-        """A row with these fields, if there is one."""
+        """Return the first row with these fields; None if there is none."""
         return next((row for row in self.rows if all(row.get(key) == value for key, value in fields.items())), None)
 
     def add(self, **fields: Any) -> Row:

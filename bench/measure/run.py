@@ -1,4 +1,4 @@
-"""Measuring: every system on every scan, in turn, each run a process of its own, each result a row."""
+"""Run every system on every scan, in turn; each run is a process of its own and gives a row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORKER = "edgemuse.bench.measure.worker"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a bundle was exported from: the nnU-Net model folder, its folds, and the file of that name in each."""
+    """What a bundle was exported from: an nnU-Net model folder, its folds, and the checkpoint's name in each."""
 
     folder: Path
     folds: tuple[str, ...]
@@ -50,7 +50,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a bundle or cascade, what a bundle was exported from if that is there, scans."""
+    """What is measured: a bundle or cascade, what it was exported from if that is known, and scans."""
 
     model: Bundle | Cascade
     reference: Checkpoints | None
@@ -60,7 +60,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Step:
-    """One process to run: a system on one scan, or on all of them (`batch`). Round 0 warms up, its cache empty."""
+    """One process: a system on one scan, or on all of them (`batch`). Round 0 warms up with an empty cache."""
 
     system: System
     scans: tuple[Source, ...]
@@ -69,7 +69,7 @@ class Step:
 
     @property
     def key(self) -> Row:
-        """The fields of the step's row that no other row has."""
+        """Return the fields that tell the step's row from all others."""
         return {
             "kind": "batch" if self.batch else "run",
             "system": self.system.name,
@@ -80,20 +80,20 @@ class Step:
 
     @property
     def what(self) -> str:
-        """For people."""
+        """Describe the step for people."""
         if self.batch:
             return f"{len(self.scans)} scans in one process"
         return f"{scan_stem(self.scans[0].path)}, {f'round {self.round}' if self.round else 'warm-up'}"
 
 
 class Progress:
-    """Says what is done and how long the rest will take, from the time that each took so far."""
+    """Says what is done and how long the rest will take, judged by the time that each took so far."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self.total, self._say, self._done, self._start = total, say, 0, time.perf_counter()
 
     def done(self, what: str) -> None:
-        """One more is done."""
+        """Count one more as done and say so."""
         self._done += 1
         seconds = (time.perf_counter() - self._start) / self._done * (self.total - self._done)
         left = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
@@ -101,7 +101,7 @@ class Progress:
 
 
 def scans_in(folder: Path) -> tuple[Source, ...]:
-    """The scans in `folder`, each with `<stem>_dseg.nii.gz` beside it as its truth; raises InputError."""
+    """Find the scans in `folder`; `<stem>_dseg.nii.gz` beside one is its truth. Raises InputError."""
     sources = tuple(find_scans(folder))
     if not sources:
         raise InputError(f"{folder}: no scan (.nii.gz, .nii) in this folder")
@@ -112,7 +112,7 @@ def scans_in(folder: Path) -> tuple[Source, ...]:
 
 
 def source_of(model: Bundle | Cascade, folder: Path) -> Checkpoints:
-    """The checkpoints in the nnU-Net model folder that `model` was exported from; raises InputError."""
+    """Find the checkpoints in `folder` that `model` was exported from; raises InputError."""
     if isinstance(model, Cascade):
         raise InputError(f"{model.path} is a cascade, which nnU-Net's predictor cannot run; leave --reference out")
     digests = model.manifest.source.get("checkpoint_sha256")
@@ -129,7 +129,7 @@ def source_of(model: Bundle | Cascade, folder: Path) -> Checkpoints:
 
 
 def schedule(systems: Sequence[System], scans: Sequence[Source], repeats: int, batch: bool) -> list[Step]:
-    """Round after round, every system in turn: what slows the machine down for a while slows all of them."""
+    """Let the systems take turns, round after round, so that a slow spell of the machine slows all of them."""
     rounds = range(repeats + 1)
     steps = [Step(system, (scan,), n) for scan in scans for n in rounds for system in systems]
     return steps + [Step(system, tuple(scans), 1, batch=True) for system in systems if batch and len(scans) > 1]
@@ -153,7 +153,7 @@ def measure_all(subject: Subject, steps: Sequence[Step], results: Results, say: 
 
 
 def outcome(row: Row) -> str:
-    """A row in a few words: its time and memory, or why it failed."""
+    """Describe a row in a few words: its time and memory, or why it failed."""
     return str(row["error"]) if row["failed"] else f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB"
 
 
@@ -181,7 +181,7 @@ def _take(step: Step, subject: Subject, work: Path, report: Path) -> Row:
 
 
 def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
-    """Run the step's process; returns what it gave as fields of a row. Label maps are left in `work / OUTPUT`."""
+    """Run the step's process and return what it gave as fields of a row; label maps are in `work / OUTPUT`."""
     try:
         run, row = run_process(WORKER, step, subject, work, cache)
     except ProcessFailure as failure:
@@ -191,7 +191,7 @@ def run_step(step: Step, subject: Subject, work: Path, cache: Path) -> Row:
 
 
 def run_process(module: str, step: Step, subject: Subject, work: Path, cache: Path) -> tuple[Run, Row]:
-    """Run `module` on a job in a process of its own; how that went, and what it wrote. Raises ProcessFailure."""
+    """Run `module` in a process of its own; returns how that went and what it wrote. Raises ProcessFailure."""
     output, result = work / OUTPUT, work / "result.json"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -216,7 +216,7 @@ def run_process(module: str, step: Step, subject: Subject, work: Path, cache: Pa
 
 
 def _environment(family: str, subject: Subject, cache: Path) -> dict[str, str]:
-    """Threads as `edgemuse segment` binds them for itself; PyTorch's matrix products get all that it is allowed."""
+    """Bind threads as `edgemuse segment` binds them for itself; PyTorch gets all threads that are allowed."""
     environment = os.environ | {"EDGEMUSE_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     if subject.threads:
         environment |= dict.fromkeys(("OMP_NUM_THREADS", *LINEAR_ALGEBRA), str(subject.threads))
@@ -226,7 +226,7 @@ def _environment(family: str, subject: Subject, cache: Path) -> dict[str, str]:
 
 
 def _as_trained(scan: Source, model: Bundle | Cascade, work: Path) -> Path:
-    """The scan in the orientation that the network was trained on: nnU-Net takes voxels as they are stored."""
+    """Return the scan in the network's orientation, because nnU-Net takes voxels as they are stored."""
     codes = model.manifest.network.orientation if isinstance(model, Bundle) else model.manifest.orientation
     if codes is None or orientation(open_scan(scan.path).affine) == codes:
         return scan.path
@@ -238,7 +238,7 @@ def _as_trained(scan: Source, model: Bundle | Cascade, work: Path) -> Path:
 
 
 def label_path(report: Path, system: str, scan: Path) -> Path:
-    """Where a report keeps the label map of a system for a scan: protocol's numbers, on the scan's grid."""
+    """Return where a report keeps a label map: it has the protocol's numbers, on the scan's grid."""
     return report / LABELS / system.replace("/", "_") / f"{scan_stem(scan)}_dseg.nii.gz"
 
 
@@ -253,7 +253,7 @@ def _keep(step: Step, output: Path, labels: Sequence[Label], report: Path) -> No
 
 
 def on_the_scans_grid(made: Path, scan: Path, labels: Sequence[Label]) -> bytes:
-    """Class numbers in the training data's orientation as the protocol's numbers in the scan's."""
+    """Turn nnU-Net's class numbers into a label map with the protocol's numbers in the scan's orientation."""
     given, stored = nib.load(made), open_scan(scan)
     back = nib.orientations.ornt_transform(nib.io_orientation(given.affine), nib.io_orientation(stored.affine))
     classes = nib.orientations.apply_orientation(np.asanyarray(given.dataobj), back)

@@ -1,4 +1,4 @@
-"""How time and memory grow: with the scan's resolution, the classes, the threads and the number of scans."""
+"""How time and memory grow with the scan's resolution, the classes, the threads and the number of scans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement of a curve: what is varied, its value, and what is run."""
+    """A point of a curve: what is varied, its value, and what is run."""
 
     axis: str
     value: float
@@ -42,7 +42,7 @@ class Point:
 
 
 def scale(subject: Subject, system: System, results: Results, work: Path, say: Callable[[str], None]) -> None:
-    """Measure the points that `results` does not hold, each warm: after a run on one scan that is not counted."""
+    """Measure the points that `results` does not hold; each is warm, after a run on one scan that does not count."""
     missing = [point for point in points(subject, work) if results.find(**_key(point, system)) is None]
     progress = Progress(len(missing), say)
     for point in missing:
@@ -57,7 +57,7 @@ def _key(point: Point, system: System) -> Row:
 
 
 def points(subject: Subject, work: Path) -> Iterator[Point]:
-    """Every point of every curve; its scans and bundles are made in `work`."""
+    """Make every point of every curve, with its scans and bundles in `work`."""
     scan = subject.scans[0]
     for mm in SPACINGS:
         path = work / f"{mm:g}mm" / scan.path.name
@@ -84,7 +84,7 @@ def _source(path: Path) -> Source:
 
 
 def with_classes(bundle: Bundle, classes: int, path: Path) -> Bundle:
-    """The bundle's backbone under a head of random weights for another number of classes."""
+    """Copy the bundle with a head of random weights for another number of classes."""
     manifest, features = bundle.manifest, bundle.manifest.network.channels_out
     rng = np.random.default_rng(0)
     weight = rng.normal(0, 1, (classes, features)).astype(np.float32)
@@ -100,7 +100,7 @@ def with_classes(bundle: Bundle, classes: int, path: Path) -> Bundle:
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float, float]]]:
-    """(value, seconds, bytes) of every axis, in order of value."""
+    """Return (value, seconds, bytes) of every curve, in order of value."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         if row["kind"] == "scaling" and not row["failed"]:

@@ -1,4 +1,4 @@
-"""Copies of a scan that put one thing to the test each: spacing, orientation, field of view, intensities."""
+"""Copies of a scan that are changed in one way each: spacing, orientation, field of view or intensities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scipy import ndimage
 
 
 def reoriented(path: Path, target: Path, codes: str) -> Path:
-    """The same voxels with axes `codes`."""
+    """Store the same voxels with axes `codes`, such as LPS."""
     nifti: Any = nib.load(path)
     turn = ornt_transform(io_orientation(nifti.affine), axcodes2ornt(tuple(codes)))
     data = apply_orientation(np.asanyarray(nifti.dataobj), turn)
@@ -24,7 +24,7 @@ def reoriented(path: Path, target: Path, codes: str) -> Path:
 
 
 def resampled(path: Path, target: Path, spacing: tuple[float, float, float]) -> Path:
-    """Linearly interpolated to `spacing`, mm along i, j, k."""
+    """Interpolate linearly to `spacing`, in mm along i, j, k."""
     nifti: Any = nib.load(path)
     data = np.asanyarray(nifti.dataobj).astype(np.float32)
     zooms = voxel_sizes(nifti.affine)
@@ -35,7 +35,7 @@ def resampled(path: Path, target: Path, spacing: tuple[float, float, float]) -> 
 
 
 def oblique(path: Path, target: Path, degrees: float) -> Path:
-    """The same voxels under an affine turned about two axes."""
+    """Turn the affine about two axes and leave the voxels as they are."""
     nifti: Any = nib.load(path)
     turn = euler2mat(np.deg2rad(degrees), 0, np.deg2rad(degrees / 2))
     affine = np.array(nifti.affine)
@@ -44,7 +44,7 @@ def oblique(path: Path, target: Path, degrees: float) -> Path:
 
 
 def centre_crop(path: Path, target: Path, shape: tuple[int, int, int]) -> Path:
-    """The middle of the scan's non-zero box, of `shape` at most."""
+    """Crop to the middle of what is not 0, to `shape` at most."""
     nifti: Any = nib.load(path)
     data = np.asanyarray(nifti.dataobj)
     starts, sides = [], []
@@ -59,13 +59,13 @@ def centre_crop(path: Path, target: Path, shape: tuple[int, int, int]) -> Path:
 
 
 def changed(path: Path, target: Path, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Path:
-    """The same grid with other intensities."""
+    """Change the intensities on the same grid."""
     image: Any = nib.load(path)
     return save(change(np.asanyarray(image.dataobj).astype(np.float32)), path, target)
 
 
 def rician(image: NDArray[np.float32], share: float) -> NDArray[np.float32]:
-    """Intensities with noise of `share` of their 99th percentile, wherever they are not 0."""
+    """Add noise of `share` of the 99th percentile wherever intensities are not 0."""
     rng, scale = np.random.default_rng(0), share * np.percentile(image[image > 0], 99)
     real, imaginary = (rng.normal(0, scale, image.shape) for _ in range(2))
     noisy: NDArray[np.float32] = np.where(image > 0, np.hypot(image + real, imaginary), 0).astype(np.float32)
@@ -73,7 +73,7 @@ def rician(image: NDArray[np.float32], share: float) -> NDArray[np.float32]:
 
 
 def bias_field(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Intensities multiplied by a smooth field from 0.5 to 2 across the volume."""
+    """Multiply intensities by a smooth field from 0.5 to 2 across the volume."""
     ramps = np.meshgrid(*(np.linspace(-1, 1, size) for size in image.shape), indexing="ij", sparse=True)
     field = np.exp(np.log(2) * (0.5 * ramps[0] + 0.3 * ramps[1] - 0.5 * ramps[2] ** 2 + 0.3 * ramps[1] * ramps[2]))
     biased: NDArray[np.float32] = (image * field).astype(np.float32)
@@ -81,7 +81,7 @@ def bias_field(image: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def lowest_quarter_cut(path: Path, target: Path) -> Path:
-    """Without the lowest quarter of what is not 0, LPS."""
+    """Cut off the lowest quarter of what is not 0; the result is stored as LPS."""
     image: Any = nib.load(reoriented(path, target, "LPS"))
     used = np.flatnonzero(np.asanyarray(image.dataobj).any(axis=(0, 1)))
     first = int(used[0] + (used[-1] - used[0]) // 4)
@@ -90,18 +90,18 @@ def lowest_quarter_cut(path: Path, target: Path) -> Path:
 
 
 def save(data: NDArray[Any], like: Path, target: Path) -> Path:
-    """`data` on the voxel grid of the scan `like`."""
+    """Save `data` on the voxel grid of the scan `like`."""
     nifti: Any = nib.load(like)
     return _save(data, nifti.affine, target)
 
 
 def labels_of(path: Path) -> NDArray[np.int64]:
-    """Voxels of the label map at `path`."""
+    """Return the voxels of the label map at `path`."""
     return numbers(nib.load(path))
 
 
 def numbers(image: Any) -> NDArray[np.int64]:
-    """Voxels of a label map that was loaded."""
+    """Return the voxels of a label map that was loaded."""
     labels: NDArray[np.int64] = np.asanyarray(image.dataobj).astype(np.int64)
     return labels
 

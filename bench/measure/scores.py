@@ -1,4 +1,4 @@
-"""Scores of one system over all scans of a report, read back from its rows."""
+"""Scores of one system over all scans of a report, from the report's rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgemuse.engines.errors import InputError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A system's label maps against others: the scores of all scans, one after the other."""
+    """How a system's label maps compare with others, scan by scan."""
 
     scans: tuple[tuple[Score, ...], ...]
     agreement: float
@@ -26,7 +26,7 @@ class Accuracy:
 
     @cached_property
     def scores(self) -> tuple[Score, ...]:
-        """Of all scans."""
+        """The scores of all scans together."""
         return tuple(score for scan in self.scans for score in scan)
 
     @cached_property
@@ -41,28 +41,28 @@ class Accuracy:
 
     @property
     def dice(self) -> float:
-        """Mean over structures of `structures`."""
+        """Mean Dice over the structures."""
         return fmean(self.structures.values())
 
     @property
     def hd95(self) -> float | None:
-        """Mean over structures and scans, mm; None where no structure is in both maps."""
+        """Mean distance over structures and scans in mm; None if no structure is in both maps."""
         values = [score.hd95_mm for score in self.scores if score.hd95_mm is not None]
         return fmean(values) if values else None
 
     @property
     def one_sided(self) -> int:
-        """Structures that only one of the maps has: Dice 0, no distance."""
+        """How many structures only one of the maps has; their Dice is 0, and they have no distance."""
         return sum(score.hd95_mm is None for score in self.scores)
 
     @cached_property
     def volumes(self) -> Volumes:
-        """Over all structures and scans together."""
+        """Agreement of volumes over all structures and scans together."""
         return volume_agreement([x.found_mm3 for x in self.scores], [x.truth_mm3 for x in self.scores])
 
     @cached_property
     def volumes_by_structure(self) -> Volumes | None:
-        """Median over the structures that vary over three scans or more; None if there is none."""
+        """Median agreement of volumes over the structures with three scans or more; None if there are none."""
         groups: dict[str, list[Score]] = defaultdict(list)
         for score in self.scores:
             groups[score.name].append(score)
@@ -84,7 +84,7 @@ def _means(pairs: Iterable[tuple[str, float | None]]) -> dict[str, float]:
 
 
 def baseline_of(rows: Sequence[Row]) -> str:
-    """The system that the others are compared with; raises InputError where nothing was measured."""
+    """Name the system that the others are compared with; raises InputError if nothing was measured."""
     names = dict.fromkeys(row["system"] for row in rows if row["kind"] == "run")
     if not names:
         raise InputError("there is no measurement in the report; run 'edgemuse bench' with more --systems")
@@ -92,9 +92,9 @@ def baseline_of(rows: Sequence[Row]) -> str:
 
 
 def accuracy(rows: Sequence[Row], name: str, against: str) -> Accuracy | None:
-    """A system's scores against `truth` or the system `against`; None where none were made.
+    """Return a system's scores against `truth` or the system `against`; None if there are none.
 
-    Where a scan was scored twice because its truth or the mapping changed, the later scores count.
+    If a scan was scored twice because its truth or the mapping changed, the later scores count.
     """
     rows = [row for row in rows if row["kind"] == "accuracy" and row["system"] == name and row["against"] == against]
     found = {row["scan"]: row for row in rows if row["structures"]}.values()

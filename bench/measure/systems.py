@@ -1,4 +1,4 @@
-"""What is measured against what: every way to segment a scan with one network, by name."""
+"""The systems that are measured: every way to segment a scan with one network, by name."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class System:
 
     @property
     def name(self) -> str:
-        """Such as `edgemuse/openvino/fp32/balanced`."""
+        """The name, such as `edgemuse/openvino/fp32/balanced`."""
         return "/".join((self.family, *self.options))
 
 
 def parse_system(name: str) -> System:
-    """The system called `name`."""
+    """Return the system called `name`."""
     family, *options = name.split("/")
     return System(family, tuple(options))
 
 
 def all_systems(model: Bundle | Cascade, with_reference: bool) -> list[System]:
-    """Every system that can be measured here, the baseline first.
+    """List every system that can be measured here, the baseline first.
 
     Args:
         model: the network, or a cascade of two, which only edgemuse runs.
-        with_reference: whether its nnU-Net model folder is there.
+        with_reference: whether the nnU-Net model folder that it was exported from is known.
     """
     if isinstance(model, Cascade):
         return _ours(model.mask, model.regions)
@@ -58,7 +58,7 @@ def all_systems(model: Bundle | Cascade, with_reference: bool) -> list[System]:
 
 
 def _ours(*bundles: Bundle) -> list[System]:
-    """Every backend, precision and profile."""
+    """List every backend, precision and profile of edgemuse that all bundles can run in."""
     found = dict.fromkeys((s.backend, s.precision, s.profile) for bundle in bundles for s in settings(bundle))
     return [
         System("edgemuse", options)
@@ -68,7 +68,7 @@ def _ours(*bundles: Bundle) -> list[System]:
 
 
 def select(systems: Sequence[System], asked: Sequence[str]) -> list[System]:
-    """The systems whose name is one of `asked` or begins with it, all if nothing is asked; raises InputError."""
+    """Return the systems whose names are or begin with one of `asked`, or all without any; raises InputError."""
     for prefix in asked:
         if not any(_matches(system, prefix) for system in systems):
             names = ", ".join(system.name for system in systems)
@@ -81,7 +81,7 @@ def _matches(system: System, prefix: str) -> bool:
 
 
 def quick(systems: Sequence[System]) -> list[System]:
-    """Three that say most: the baseline, the first backend's `reference` and its last precision and profile, a peer."""
+    """Choose three: the baseline, the first backend's `reference` and last setting; a peer if two are the same."""
     ours = [system for system in systems if system.family == "edgemuse"]
     first = [system for system in ours if system.options[0] == ours[0].options[0]]
     peers = [system for system in systems if system.family == "plain"]
@@ -89,7 +89,7 @@ def quick(systems: Sequence[System]) -> list[System]:
 
 
 def baseline(systems: Sequence[System]) -> System:
-    """What the others are compared with: nnU-Net as it comes, or without it edgemuse's `reference` in fp32."""
+    """Choose what the others are compared with: nnU-Net as it comes, else edgemuse's `reference` in fp32."""
     for system in systems:
         if system.family == "nnunet" and system.options[0] == "eager":
             return system

@@ -1,7 +1,7 @@
-"""An int8 form of a graph that was not calibrated, to see whether a backend takes it: its numbers mean nothing.
+"""Turn a graph into int8 without calibration, to see whether and how fast a backend runs it; its numbers mean nothing.
 
-Which operations are quantised is as in a bundle: the convolutions, symmetric with zero points of 0 and one scale a
-channel of the weights. The rest stays as it is: fp32, or fp16 if the graph was converted to that before.
+The same operations are quantised as in a bundle: the convolutions, symmetric with zero points of 0 and one scale for
+each channel of the weights. The rest stays in fp32, or in fp16 if the graph was converted to that before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from edgemuse.calibration.graphs import graph_bytes, read_graph, set_nodes, sing
 
 ACTIVATION_SCALE = 1 / 16
 SMALLEST_SCALE = 1e-4
-"""fp16 holds it with three digits."""
+"""The smallest scale, which fp16 still holds with three digits."""
 HALF_SCALES = 19
 """The first opset whose QuantizeLinear takes scales in half precision."""
 
 
 def to_int8(graph: bytes) -> bytes:
-    """`graph` with a pair of QuantizeLinear and DequantizeLinear before both operands of every convolution."""
+    """Put a pair of QuantizeLinear and DequantizeLinear before both operands of every convolution of `graph`."""
     model = read_graph(graph)
     single_precision(model)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

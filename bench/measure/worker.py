@@ -1,7 +1,7 @@
-"""The process under measurement: `python -m edgemuse.bench.measure.worker JOB RESULT` runs one system over some scans.
+"""The process that is measured: `python -m edgemuse.bench.measure.worker JOB RESULT` runs one system on some scans.
 
-JOB is the JSON of a `Job`. RESULT, a file, receives the seconds of every stage. Nothing is imported before the clock
-of the stage `import` runs, which starts where the parent started the process.
+JOB is the JSON of a `Job`. RESULT is a file that receives the seconds of every stage. The clock of the stage `import`
+starts when the parent starts the process, so nothing is imported unseen.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 STAGES = (
     "import", "open", "load", "preprocess", "engine", "infer", "merge", "head", "restore", "quality", "write", "rest",
 )  # fmt: skip
-"""In the order in which they happen. `engine` compiles or loads from the cache; `rest` is what ends the process."""
+"""Stages in their order. `engine` compiles or loads from the cache; `rest` is the end of the process."""
 PIPELINE = {"infer": "merge", "crop": "preprocess", "paste": "restore"}
-"""The pipeline's own names for stages, where they differ. What it calls `infer` holds the network and the head."""
+"""What the pipeline calls a stage, if it has another name. Its `infer` holds the network and the head too."""
 Segment = Callable[[Path], dict[str, Any]]
-"""Segments one scan into the job's output; returns what is known of the engine, as fields of a row."""
+"""A function that segments one scan into the job's output and returns what is known of the engine."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to run.
+    """What the process is to run.
 
     `system` is a name as in `bench/measure/systems.py`; `reference` the nnU-Net model folder, its folds and the
     checkpoint's name, and `graph` the network with logits out, for the systems that need them; `started` the parent's
@@ -69,7 +69,7 @@ class Stages:
         self.add(name, time.perf_counter() - start)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, the time during which any thread is in it added to the stage `name`."""
+        """Wrap `function` so that the time during which any thread is in it counts for the stage `name`."""
         lock, inside, since = Lock(), 0, 0.0
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ class Stages:
         return called
 
     def each(self, scans: list[str]) -> Iterator[Path]:
-        """The scans one by one, timed."""
+        """Yield the scans one by one and time what is done with each."""
         for scan in scans:
             start = time.perf_counter()
             yield Path(scan)
@@ -97,7 +97,7 @@ class Stages:
 
 @contextlib.contextmanager
 def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
-    """What `edgemuse segment --no-postprocess --no-qc` does: labels as nnU-Net gives them, and no picture."""
+    """Do what `edgemuse segment --no-postprocess --no-qc` does: labels as nnU-Net gives them, and no picture."""
     _, backend, precision, profile = job.system.split("/")
     with _imports(job, stages):
         from edgemuse.engines.hardware import map_large_arrays
@@ -121,7 +121,7 @@ def edgemuse(job: Job, stages: Stages) -> Iterator[Segment]:
 
 @contextlib.contextmanager
 def plain(job: Job, stages: Stages) -> Iterator[Segment]:
-    """The graph with logits out, in the backend's session as it comes, and edgemuse's steps around it."""
+    """Run the graph with logits out in the backend's session as it comes, with edgemuse's steps around it."""
     _, backend = job.system.split("/")
     with _imports(job, stages):
         from edgemuse.bench.measure.plain import PlainSegmenter, open_plain
@@ -158,7 +158,7 @@ def _pipeline(job: Job, stages: Stages, segmenter: Segmenter | CascadeSegmenter)
 
 
 def _of_stages(provenance: dict[str, Any], key: str) -> dict[str, Any]:
-    """What the provenance says of the one network, or of each of a cascade's."""
+    """Return what the provenance says of the network, or of each network of a cascade."""
     if "stages" not in provenance:
         return dict(provenance[key])
     return {role: record[key] for role, record in provenance["stages"].items()}
@@ -166,7 +166,7 @@ def _of_stages(provenance: dict[str, Any], key: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def nnunet(job: Job, stages: Stages) -> Iterator[Segment]:
-    """nnU-Net's own predictor. Its labels are class numbers on the grid of the scan that it was given."""
+    """Run nnU-Net's own predictor; its labels are class numbers on the grid of the scan that it was given."""
     _, variant, *rest = job.system.split("/")
     with _imports(job, stages):
         import multiprocessing
@@ -200,7 +200,7 @@ FAMILIES = {"edgemuse": edgemuse, "plain": plain, "nnunet": nnunet}
 
 
 def family(job: Job) -> Callable[[Job, Stages], contextlib.AbstractContextManager[Segment]]:
-    """What makes a system of the job's family ready."""
+    """Return what makes the job's system ready."""
     return FAMILIES[job.system.split("/")[0]]
 
 

@@ -18,7 +18,7 @@ import click
 
 from edgemuse.bench.measure.rows import commit
 from edgemuse.bench.pages.page import MEASURED
-from edgemuse.bench.pages.program import FOLDER, SHARED, WORK, say
+from edgemuse.bench.pages.program import EXISTING, FOLDER, WORK, say
 from edgemuse.runtime.results.files import read_record, write_file
 
 RECORD = "all.json"
@@ -150,12 +150,12 @@ def list_parts(context: click.Context, parameter: click.Parameter, wanted: bool)
 
 
 @click.command()
-@click.argument("shared", type=SHARED)
+@click.argument("shared", type=EXISTING)
 @click.option("--part", "names", multiple=True, metavar="NAME", help="Measure only this, a page or a part of one; give "
               "it again for more.  [default: all]")  # fmt: skip
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=list_parts, help="List the parts and "
               "about how long each takes, and end.")  # fmt: skip
-@click.option("-o", "--output", type=SHARED, default=MEASURED, show_default=True, help="Folder of the pages.")
+@click.option("-o", "--output", type=EXISTING, default=MEASURED, show_default=True, help="Folder of the pages.")
 @click.option("--work", type=FOLDER, default=WORK, help="Folder for what is made on the way.  [default: in the user's "
               "cache]")  # fmt: skip
 def main(shared: Path, names: tuple[str, ...], output: Path, work: Path) -> None:

@@ -22,8 +22,9 @@ from scipy import ndimage
 from edgemuse.bench.measure import scans
 from edgemuse.bench.measure.models import development_bundle
 from edgemuse.bench.measure.rows import state
-from edgemuse.bench.pages.page import joined, named, table
-from edgemuse.bench.pages.program import SHARED, Workplace, page_options, say
+from edgemuse.bench.pages.page import joined, named
+from edgemuse.bench.pages.program import EXISTING, Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.pipeline.options import Options
@@ -53,20 +54,20 @@ Check = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that is judged, and the folder for scratch files."""
+    """A model to be judged, and a folder for scratch files."""
 
     bundle: Bundle
     work: Path
 
     def labels(self, scan: Path, postprocess: bool = True) -> Any:
-        """The result for `scan` as an image of FreeSurfer's numbers."""
+        """Segment `scan` into an image of FreeSurfer's numbers."""
         with Segmenter(self.bundle, Options(postprocess=postprocess)) as segmenter:
             found = segmenter.segment(scan)
         indices = to_indices(found.classes, self.bundle.manifest.labels).astype(np.int16)
         return nib.Nifti1Image(indices, found.scan.affine)
 
     def scores(self, found: Any, truth: Any) -> Scores:
-        """Dice of every structure of the model that the truth has; the truth is brought to the grid of `found`."""
+        """Score every structure of the model that the truth has, with the truth on the grid of `found`."""
         there = scans.numbers(resample_from_to(truth, (found.shape, found.affine), order=0))
         known = {label.index for label in self.bundle.manifest.labels} - {0}
         all_scores = dice(scans.numbers(found), there)
@@ -74,7 +75,7 @@ class Judge:
 
 
 def mean(scores: Scores, without: tuple[int, ...] = ()) -> float:
-    """Mean Dice over the structures."""
+    """Return mean Dice over the structures."""
     return float(np.mean([score for index, score in scores.items() if index not in without]))
 
 
@@ -94,7 +95,7 @@ VARIANTS: dict[str, Callable[[Path, Path], Path]] = {
 
 
 def robustness(judge: Judge, scan: Path, truth: Any | None) -> dict[str, float]:
-    """Mean Dice of each variant of `scan`, against the truth or, if there is none, the result for the scan itself."""
+    """Return mean Dice of each variant of `scan`, against the truth or else the result for `scan` itself."""
     target = judge.work / "variant.nii.gz"
     plain = judge.labels(scan)
     wanted = plain if truth is None else truth
@@ -110,13 +111,13 @@ def robustness(judge: Judge, scan: Path, truth: Any | None) -> dict[str, float]:
 
 
 def _stripped(scan: Path, found: Any, target: Path) -> Path:
-    """Everything further than 2 voxels from what was labelled set to 0."""
+    """Set everything to 0 that is further than 2 voxels from what was labelled."""
     brain = ndimage.binary_dilation(scans.numbers(found) != 0, iterations=2)
     return scans.changed(scan, target, lambda image: image * brain)
 
 
 def plausibility(judge: Judge, scan: Path) -> Plausibility:
-    """Whether the labels of a scan without truth may be those of a head."""
+    """Return what tells whether the labels of a scan without truth may be those of a head."""
     found = judge.labels(scan)
     counts = np.bincount(scans.numbers(found).ravel(), minlength=256)
     pairs = {label.name: label.index for label in judge.bundle.manifest.labels}
@@ -134,7 +135,7 @@ def _truth(scan: Path) -> Any:
 
 
 def _checks(real: Scores, each: Sequence[Scores], heads: Mapping[str, Plausibility]) -> dict[str, Check]:
-    """What was asked of the model, what it reaches, and whether that is enough."""
+    """Return what was asked of the model, what it reaches, and whether that is enough."""
     ratios = [ratio for by_structure, _ in heads.values() for ratio in by_structure.values()]
     litres = [litres for _, litres in heads.values()]
     lowest = min(real[index] for index in MAIN if index in real)
@@ -182,7 +183,7 @@ class Found:
 
 
 def report(names: Mapping[int, str], found: Found) -> str:
-    """What was measured, the structures called by `names`."""
+    """Write the page without its first line; `names` are those of the structures."""
     checks = [[what, value, "yes" if holds else "**no**"] for what, (value, holds) in found.checks.items()]
     return joined(
         INTRODUCTION,
@@ -240,32 +241,32 @@ same command. The means with 5 and 44, and with all 32, stand below.
 
 
 class Measuring:
-    """The measurements of one model, each made once in `place`."""
+    """The measurements of one model; `place` keeps each, so that it is made once."""
 
     def __init__(self, judge: Judge, place: Workplace) -> None:
         self.judge, self.place = judge, place
 
     def scores(self, what: str, judge: Judge, scan: Path, postprocess: bool = True) -> Scores:
-        """Dice of every structure on a scan with truth."""
+        """Return Dice of every structure on a scan with truth."""
         found = self.place.once(what, lambda: judge.scores(judge.labels(scan, postprocess), _truth(scan)))
         scores = {int(index): score for index, score in found.items()}
         say(f"{what}: {mean(scores):.3f}")
         return scores
 
     def head(self, scan: Path) -> Plausibility:
-        """Ratios and litres of a whole head."""
+        """Return ratios and litres of a whole head."""
         ratios, litres = self.place.once(f"{scan.name}, volumes", lambda: plausibility(self.judge, scan))
         return {int(index): ratio for index, ratio in ratios.items()}, litres
 
     def robustness(self, what: str, scan: Path, known: bool = True) -> dict[str, float]:
-        """Mean Dice of every variant of a scan, against its truth if that is `known`."""
+        """Return mean Dice of every variant of a scan, against its truth if that is `known`."""
         truth = _truth(scan) if known else None
         rows: dict[str, float] = self.place.once(what, lambda: robustness(self.judge, scan, truth))
         return rows
 
 
 def measured(measuring: Measuring, development: Judge, held_out: Sequence[Path], t1: Path) -> Found:
-    """All measurements, on the synthetic scans `held_out` and the real ones in `t1`."""
+    """Make all measurements, on the synthetic scans `held_out` and the real ones in `t1`."""
     vxm, chris, crop = (t1 / f"{name}_T1w.nii.gz" for name in ("vxm", "chris", "crop"))
     judge = measuring.judge
     return Found(
@@ -289,7 +290,7 @@ def measured(measuring: Measuring, development: Judge, held_out: Sequence[Path],
 
 @click.command()
 @page_options("model")
-@click.option("--held-out", type=SHARED, required=True, help="Folder of synthetic scans with their truth.")
+@click.option("--held-out", type=EXISTING, required=True, help="Folder of synthetic scans with their truth.")
 @click.option("-m", "--model", type=click.Path(path_type=Path, exists=True), default=BUILT_IN, help="Another bundle "
               "with the same labels, such as a candidate of a training.")  # fmt: skip
 def main(shared: Path, output: Path, work: Path, held_out: Path, model: Path) -> None:

@@ -34,8 +34,9 @@ from edgemuse.bench.measure.models import exported, random_dlmuse, random_model,
 from edgemuse.bench.measure.process import Run, measure
 from edgemuse.bench.measure.rows import state
 from edgemuse.bench.measure.uncalibrated import to_int8
-from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.page import joined, named
 from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.calibration.calibrate import Work
 from edgemuse.engines.hardware import peak_memory
 from edgemuse.export.cascade import manifest_of
@@ -56,14 +57,14 @@ from edgemuse.bench.pages.cascade import nnunet_steps
 Path(sys.argv[4]).write_text(json.dumps(nnunet_steps(*map(Path, sys.argv[1:4]))))
 """
 REPEATS = 3
-"""Runs that count, after one that does not."""
+"""How many runs count, after a first that does not."""
 GOAL_BYTES = 2e9
-"""What `fast` in int8 may take where `--max-ram` asks for little memory."""
+"""Memory that `fast` in int8 may take if `--max-ram` asks it to be sparing."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a cascade is run: profile, precision, `--max-ram` in GiB or nothing, and how often after the first run."""
+    """How a cascade is run: profile, precision, `--max-ram` in GiB or nothing, and how many runs count."""
 
     profile: str
     precision: str
@@ -72,7 +73,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """The head of its column."""
+        """What stands above its column."""
         return f"edgemuse `{self.profile}` {self.precision}" + (f", `--max-ram {self.max_ram}`" * bool(self.max_ram))
 
 
@@ -86,7 +87,7 @@ STAGES = ("load", "preprocess", "engine", "infer", "restore", "postprocess", "cr
 
 
 def darkened(scan: Path, target: Path) -> Path:
-    """`scan` with the largest part that the built-in model labels at 950 to 1050, and all else at 0 to 30."""
+    """Copy `scan` with the brain that the built-in model finds at 950 to 1050, and everything else at 0 to 30."""
     brain = largest_component(segment(scan, BUILT_IN).classes > 0)
     return scans.changed(
         scan, target, lambda image: np.where(brain, 950 + 100 * image / image.max(), 30 * image / image.max())
@@ -117,14 +118,14 @@ def hand_on(folder: Path) -> None:
 
 
 def quantised(bundle: Bundle, target: Path) -> Bundle:
-    """`bundle` with an int8 graph that was not calibrated: as fast as one that was."""
+    """Add an int8 graph to `bundle` that was not calibrated; it is as fast as one that was."""
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     work = Work(bundle, target.parent, files, lambda line: None)
     return open_bundle(write_bundle(target, *work.draft({"int8": to_int8(bundle.graph("fp32"))})))
 
 
 def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:
-    """The folder with both model folders, the cascade made of them, and the scan, in `work`."""
+    """Make two model folders, the cascade of them, and the scan in `work`; returns their paths."""
     facts = shared / "data" / "dlmuse"
     upright = scans.reoriented(shared / "data" / "t1" / "crop_T1w.nii.gz", work / "upright.nii.gz", "LPS")
     scan = darkened(upright, work / "head_T1w.nii.gz")
@@ -140,7 +141,7 @@ def prepare(shared: Path, work: Path) -> tuple[Path, Path, Path]:
 
 
 def nnunet_steps(models: Path, scan: Path, work: Path) -> dict[str, Any]:
-    """nnU-Net's seconds for the mask of `scan` and for the regions inside it; `work` is for the crop."""
+    """Measure nnU-Net's seconds for the mask of `scan` and for the regions inside it; `work` is for the crop."""
     from edgemuse.bench.measure.reference import Reference
 
     start = time.perf_counter()
@@ -156,7 +157,7 @@ def nnunet_steps(models: Path, scan: Path, work: Path) -> dict[str, Any]:
 
 
 def nnunet_apart(models: Path, scan: Path, work: Path) -> dict[str, Any]:
-    """`nnunet_steps` in a process of its own."""
+    """Run `nnunet_steps` in a process of its own."""
     result = work / "nnunet.json"
     subprocess.run([sys.executable, "-c", NNUNET, *map(str, (models, scan, work, result))], check=True)
     found: dict[str, Any] = json.loads(result.read_text())
@@ -165,7 +166,7 @@ def nnunet_apart(models: Path, scan: Path, work: Path) -> dict[str, Any]:
 
 
 def edgemuse_steps(cascade: Path, scan: Path, work: Path, setting: Setting) -> dict[str, Any]:
-    """Whole runs of the command line: one to warm the cache of engines, and those that count."""
+    """Measure whole runs of the command line: one that compiles the engines, and those that count."""
     command = [sys.executable, "-m", "edgemuse.runtime.cli", "segment", str(scan), "-m", str(cascade), "-o", str(work)]
     command += ["--overwrite", "--profile", setting.profile, "--precision", setting.precision]
     command += ["--max-ram", setting.max_ram] if setting.max_ram else []
@@ -203,7 +204,7 @@ def main(shared: Path, output: Path, work: Path) -> None:
 
 
 def report(shape: Sequence[int], ours: Sequence[Mapping[str, Any]], theirs: Mapping[str, Any]) -> str:
-    """What was measured: `ours` in the order of `SETTINGS`, and what nnU-Net took."""
+    """Write the page without its first line; `ours` is in the order of `SETTINGS`, `theirs` is nnU-Net's."""
     text = (
         "A mask network of two classes and a region network of 152, both with DLMUSE's plans; a head of "
         f"{' x '.join(map(str, shape))} voxels of 1 mm, of which the mask takes "

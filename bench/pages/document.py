@@ -19,14 +19,15 @@ from edgemuse.bench.measure.rows import Row, read_rows, state
 from edgemuse.bench.measure.run import scans_in
 from edgemuse.bench.pages.page import age, command, named, parted, parts_of
 from edgemuse.bench.pages.program import Workplace, page_options, say
-from edgemuse.bench.report.report import METHOD, Section, pictures, sections, to_markdown
+from edgemuse.bench.report.render import Section, to_markdown
+from edgemuse.bench.report.report import METHOD, pictures, sections
 
 PAGE = "benchmark"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a report is made of: a bundle (None: the built-in one), scans, the nnU-Net folder it was exported from."""
+    """What a report is about: a bundle (None: the built-in one), scans, and the model folder it was exported from."""
 
     bundle: Path | None
     data: Path
@@ -35,7 +36,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Part:
-    """One report and what the page says of it; `figures` are the beginnings of the names of those it shows."""
+    """A report and what the page says of it; it shows the figures whose names begin with one of `figures`."""
 
     title: str
     text: str
@@ -129,14 +130,14 @@ def report_on(name: str, material: Material, folder: Path) -> list[Row]:
 
 
 def age_of(name: str, rows: Sequence[Row]) -> str:
-    """How old the figures of a report are."""
+    """Return the line that says how old the figures of a report are."""
     date = max(row["created"] for row in rows if "created" in row)[: len("2026-01-01")]
     model = named(PARTS[name].model, rows[0]["bundle_sha256"])
     return age(date, rows[0]["commit"], [model], f"{PAGE}-{name}")
 
 
 def part_of(name: str, first: str, report: Sequence[Section], stem: str) -> tuple[str, dict[str, bytes]]:
-    """The text of a part, which begins with the line `first`, and its figures, beside the page called `stem`."""
+    """Return the text of a part, which begins with the line `first`, and its figures; the page is called `stem`."""
     part = PARTS[name]
     shown = [section for section in map(partial(_shown, part.figures), report) if section is not None]
     intro = Section(part.title, f"{first}\n\n{part.text}\n\n{shown[0].text}")
@@ -145,7 +146,7 @@ def part_of(name: str, first: str, report: Sequence[Section], stem: str) -> tupl
 
 
 def document(texts: Mapping[str, str], target: Path) -> str:
-    """The page at `target` with the parts `texts`, by their names; parts not given stay as they are there."""
+    """Return the page at `target` with the parts `texts` by their names; the other parts stay as they are there."""
     parts = parts_of(target.read_text(encoding="utf-8") if target.is_file() else "")
     parts |= {PARTS[name].title: text for name, text in texts.items()}
     known = {part.title: parts[part.title] for part in PARTS.values() if part.title in parts}
@@ -153,7 +154,7 @@ def document(texts: Mapping[str, str], target: Path) -> str:
 
 
 def _shown(figures: tuple[str, ...], section: Section) -> Section | None:
-    """The section with those figures whose names begin so; None if there is nothing else in it to show."""
+    """Keep only the figures whose names begin so; None if nothing is left to show."""
     if section.text == METHOD:
         return None
     kept = {name: data for name, data in section.figures.items() if name.startswith(figures)}

@@ -19,8 +19,9 @@ import numpy as np
 
 from edgemuse.bench.measure.rows import Row, state
 from edgemuse.bench.measure.spoilt import WAYS, Spoil
-from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.page import joined, named
 from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.pipeline.options import Options

@@ -1,6 +1,6 @@
 """The accuracy gate on real scans.
 
-Both trained networks are calibrated as `edgemuse calibrate` does it: on one T1 of SHARED, and judged on the others.
+Both trained networks are calibrated as `edgemuse calibrate` does it, on one T1 of SHARED, and judged on the others.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import click
 
 from edgemuse.bench.measure.models import development_bundle
 from edgemuse.bench.measure.rows import state
-from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.page import joined, named
 from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.calibration.calibrate import calibrate
 from edgemuse.runtime.cli.describe import GATE_HEADER, gate_cells
 from edgemuse.runtime.model.builtin import BUILT_IN
@@ -31,7 +32,7 @@ your own.
 
 
 def section(title: str, bundle: Bundle) -> str:
-    """The table of a calibrated bundle, and what it was calibrated and judged on."""
+    """Write the table of a calibrated bundle, and what it was calibrated and judged on."""
     record = bundle.manifest.calibration
     chosen, held_out = (", ".join(scan["name"] for scan in record[key]) for key in ("calibrated_on", "evaluated_on"))
     left_out = record["int8"]["left_in_fp32"]
@@ -41,7 +42,7 @@ def section(title: str, bundle: Bundle) -> str:
 
 
 def calibrated(title: str, model: Path, data: Path, work: Path) -> str:
-    """The section on `model`, calibrated and judged on the scans in `data`."""
+    """Calibrate and judge `model` on the scans in `data`; returns the section on it."""
     return section(title, open_bundle(calibrate(model, data, work / f"{title}.calibrated", say)))
 
 

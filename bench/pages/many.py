@@ -31,8 +31,9 @@ from edgemuse.bench.measure import scans
 from edgemuse.bench.measure.dask_cluster import WORKERS, Cluster, dask_cluster
 from edgemuse.bench.measure.process import INTERVAL, resident
 from edgemuse.bench.measure.rows import state
-from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.page import joined, named
 from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.engines.hardware import cpu_cores
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import open_bundle
@@ -49,7 +50,7 @@ CHANGES: dict[str, Change] = {
     "oblique": partial(scans.oblique, degrees=20),
 }
 LEAST = 24
-"""Scans that can be segmented."""
+"""The fewest scans of the dataset that can be segmented."""
 PROFILE, PRECISION = "balanced", "fp32"
 """int8 would not do: its results depend on the number of threads a little."""
 
@@ -82,7 +83,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the report, and what was wrong, if anything."""
+    """A line of the table, and what was wrong, if anything."""
 
     name: str
     seconds: float
@@ -110,7 +111,7 @@ def make_dataset(shared: Path, root: Path) -> Dataset:
 
 
 def _place(root: Path, number: int) -> Path:
-    """Where scan `number` lies; each participant has two visits."""
+    """Return where scan `number` lies; each participant has two visits."""
     subject, visit = f"sub-{number // 2 + 1:02}", f"ses-{number % 2 + 1}"
     folder = root / subject / visit / "anat"
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,13 +169,13 @@ class Bench:
         return [*command, "--scheduler", scheduler] if scheduler else command
 
     def judged(self, name: str, ran: Ran, codes: Sequence[int], out: Path) -> Row:
-        """The line for a run that should have ended with `codes` and all results in `out`."""
+        """Return the line for a run that should have ended with `codes` and with all results in `out`."""
         expected = results(self.work / "one")
         return Row(name, ran.seconds, ran.memory, self.data.good, judge(ran, out, codes, self.data, expected))
 
 
 def thirds(samples: list[tuple[float, int]], seconds: float) -> list[float]:
-    """The highest of the (time, bytes) samples in each third of `seconds`."""
+    """Return the highest of the (time, bytes) samples in each third of `seconds`."""
     parts: list[float] = [0, 0, 0]
     for when, size in samples:
         part = min(int(3 * when / seconds), 2)
@@ -183,18 +184,18 @@ def thirds(samples: list[tuple[float, int]], seconds: float) -> list[float]:
 
 
 def done(out: Path) -> int:
-    """Scans whose results are in `out`."""
+    """Count the scans whose results are in `out`."""
     return len(list(out.glob("sub-*/ses-*/anat/*_volumes.tsv")))
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """The label maps and tables in `out`."""
+    """Read the label maps and tables in `out`."""
     paths = [path for path in out.glob("sub-*/ses-*/anat/*") if path.name.endswith((".nii.gz", ".tsv"))]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
 def judge(ran: Ran, out: Path, codes: Sequence[int], data: Dataset, expected: dict[str, bytes]) -> list[str]:
-    """What is wrong with a run whose results should be `expected`."""
+    """Return what is wrong with a run whose results should be `expected`."""
     found = results(out)
     wrong = []
     if list(ran.codes) != list(codes):
@@ -210,19 +211,19 @@ def judge(ran: Ran, out: Path, codes: Sequence[int], data: Dataset, expected: di
 
 
 def one_process(bench: Bench, out: Path) -> Iterator[Row]:
-    """One process, after two runs so that the engines are cached; its results are what the others must give."""
+    """Run one process, after two that cache the engines; its results are what the others must give."""
     for processes in (1, 2):
         bench.run(out.with_name(f"warm{processes}"), processes, kill_after=1)
     yield bench.judged("one process", bench.run(out, 1), [2], out)
 
 
 def two_processes(bench: Bench, out: Path) -> Iterator[Row]:
-    """Two processes that share a folder."""
+    """Run two processes that share a folder."""
     yield bench.judged("two processes, one folder", bench.run(out, 2), [2, 2], out)
 
 
 def started_again(bench: Bench, out: Path) -> Iterator[Row]:
-    """One process that is killed, and one that goes on."""
+    """Run a process that is killed, and one that goes on."""
     good = bench.data.good
     ran = bench.run(out, 1, kill_after=good // 3)
     before = done(out)
@@ -239,20 +240,20 @@ def started_again(bench: Bench, out: Path) -> Iterator[Row]:
 
 
 def survivor(bench: Bench, out: Path) -> Iterator[Row]:
-    """Two processes of which one is killed."""
+    """Run two processes of which one is killed."""
     ran = bench.run(out, 2, kill_after=bench.data.good // 3)
     yield bench.judged("two processes, one killed", ran, [-9, 2], out)
 
 
 def on_dask(bench: Bench, out: Path) -> Iterator[Row]:
-    """A cluster of two workers."""
+    """Run a cluster of two workers."""
     with dask_cluster(bench.work) as cluster:
         ran = bench.run(out, 1, cluster=cluster)
     yield bench.judged("Dask, two workers", ran, [2], out)
 
 
 def on_dask_killed(bench: Bench, out: Path) -> Iterator[Row]:
-    """A cluster of which one worker is killed."""
+    """Run a cluster of which one worker is killed."""
     with dask_cluster(bench.work) as cluster:
         ran = bench.run(out, 1, kill_after=bench.data.good // 3, cluster=cluster)
     yield bench.judged("Dask, one of two workers killed", ran, [2], out)
@@ -266,11 +267,11 @@ STEPS: dict[str, Callable[[Bench, Path], Iterator[Row]]] = {
     "dask": on_dask,
     "dask-killed": on_dask_killed,
 }
-"""By the folder that their results go into; the first one's are what the others are held against."""
+"""Steps by the folder for their results; those of the first are compared with all others."""
 
 
 def rows_of(bench: Bench, name: str) -> list[dict[str, Any]]:
-    """The rows of the step `name`, as fields."""
+    """Take the step `name`; returns the fields of its rows."""
     out = bench.work / name
     shutil.rmtree(out, ignore_errors=True)  # of an interrupted run
     rows = list(STEPS[name](bench, out))
@@ -304,7 +305,7 @@ exit code 2, nothing left over; after SIGKILL, what was done is skipped, and of 
 
 
 def report(rows: Sequence[Row], data: Dataset) -> str:
-    """The table, and what it says."""
+    """Write the page without its first and last line."""
     header = [f"{data.good} scans and {len(data.damaged)} damaged files", "scans segmented", "wall time"]
     header += ["scans an hour", "memory of a process, highest in each third of the run", "results"]
     return joined(INTRODUCTION, table(header, map(_cells, rows)), RIGHT)

@@ -1,38 +1,38 @@
-"""What the pages in `docs/measured` are made of: the line that says how old figures are, parts, and tables."""
+"""The text of a page in `docs/measured`: the line that says how old its figures are, and its parts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MEASURED = Path("docs", "measured")
 AGE = re.compile(r"^\*Measured on (\d{4}-\d\d-\d\d) at commit (\S+): (.+)\. Written by `(.+)`\.\*$", re.MULTILINE)
-"""Date, commit, models and command of a page or of a part of one."""
+"""The line that says how old figures are; its groups are date, commit, models and command."""
 
 
 def command(part: str) -> str:
-    """What writes the page, or the part of a page, called `part`."""
+    """Return the command that writes the page, or the part of a page, called `part`."""
     return f"python -m edgemuse.bench.pages.all ../shared --part {part}"
 
 
 def named(model: str, sha256: str) -> str:
-    """A model in the line that says how old figures are: its name and the beginning of its hash."""
+    """Name a model and the beginning of its hash."""
     return f"{model} {sha256[:12]}"
 
 
 def age(date: str, commit: str, models: Iterable[str], part: str) -> str:
-    """How old figures are: the first line of the page `part`, or of a part of a page."""
+    """Write the line that says how old figures are; the page, or the part of a page, called `part` begins with it."""
     return f"*Measured on {date} at commit {commit}: {'; '.join(models)}. Written by `{command(part)}`.*"
 
 
 def joined(*texts: str) -> str:
-    """A page of paragraphs, tables and headings, with an empty line between them."""
+    """Join paragraphs, tables and headings to a page, with an empty line between them."""
     return "\n\n".join(text.strip() for text in texts if text.strip()) + "\n"
 
 
 def parted(page: str, title: str, introduction: str, parts: Mapping[str, str], closing: str = "") -> str:
-    """A page whose parts, by their titles, were measured at different times; each of them begins with its `age`."""
+    """Write a page whose parts, by their titles, were measured at different times; each begins with its `age`."""
     texts = [f"## {name}\n\n{text.strip()}" for name, text in parts.items()]
     dates = sorted(match.group(1) for match in map(AGE.search, texts) if match)
     first = (
@@ -43,13 +43,6 @@ def parted(page: str, title: str, introduction: str, parts: Mapping[str, str], c
 
 
 def parts_of(text: str) -> dict[str, str]:
-    """The parts of a page that was written before, by their titles."""
+    """Read the parts of a page that was written before, by their titles."""
     found = (part.partition("\n") for part in text.split("\n## ")[1:])
     return {title: part for title, _, part in found}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a header such as `a | b` stands for as many columns."""
-    columns = " | ".join(header)
-    lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

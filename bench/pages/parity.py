@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from edgemuse.bench.measure import models, scans
 from edgemuse.bench.measure.reference import Reference
 from edgemuse.bench.measure.rows import state
-from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.page import joined, named
 from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.pipeline.segmenter import Segmenter
@@ -32,7 +33,10 @@ from edgemuse.runtime.regions.agreement import agreement, mean_dice
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a scan in the model's orientation for nnU-Net, the scan as edgemuse gets it, and the agreement asked."""
+    """A model and a scan: in the model's orientation for nnU-Net, and as it is given to edgemuse.
+
+    `required` is the share of voxels that must agree.
+    """
 
     model: str
     name: str
@@ -71,11 +75,11 @@ class Result:
 
 DICE_REQUIRED = 0.999
 SAME_GRID, RESAMPLED, NEARLY_TIED = 0.9999, 0.999, 0.999
-"""Agreement asked: without resampling; with it; and for random weights, whose logits are nearly equal everywhere."""
+"""Agreement asked without resampling, with it, and for random weights, whose logits are nearly tied."""
 
 
 def cases(shared: Path, work: Path) -> Iterator[Case]:
-    """All cases, their scans made in `work` from the T1 scans of `shared`."""
+    """Make all cases and their scans in `work` from the T1 scans of `shared`."""
     for name in ("chris", "crop", "vxm"):
         whole = shared / "data" / "t1" / f"{name}_T1w.nii.gz"
         upright = scans.reoriented(whole, work / f"{name}_lps.nii.gz", "LPS")
@@ -135,7 +139,7 @@ def _ours(case: Case, bundle: Bundle, profile: str, work: Path) -> NDArray[np.in
 
 
 def measured(case: Case, folder: Path, work: Path) -> dict[str, Any]:
-    """The fields of the case's result; `folder` is its model's, whose bundle is exported once into `work`."""
+    """Measure a case and return its result as fields; the model in `folder` is exported once into `work`."""
     bundle = open_bundle(models.exported(folder, work / f"{case.model}.bundle"))
     result = asdict(compare(case, Reference(folder, case.mirroring), bundle, work))
     say(json.dumps(result))
@@ -147,7 +151,7 @@ HEADER = ("model", "scan", "asked", "`reference` = nnU-Net", "mean Dice", "reach
 
 
 def cells(result: Result) -> list[str]:
-    """The row of the table for a result."""
+    """Write the row of the table for a result."""
     return [
         result.model,
         result.name,

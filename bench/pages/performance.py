@@ -28,7 +28,7 @@ from edgemuse.bench.measure.roofline import operations, peaks
 from edgemuse.bench.measure.rows import Row, state
 from edgemuse.bench.pages.page import joined, named, parted, parts_of
 from edgemuse.bench.pages.performance_report import INTRODUCTION, network_part
-from edgemuse.bench.pages.program import FOLDER, Workplace, page_options, say
+from edgemuse.bench.pages.program import EXISTING, Workplace, page_options, say
 from edgemuse.calibration import gate
 from edgemuse.calibration.evaluate import Setting, settings
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
@@ -39,7 +39,7 @@ from edgemuse.runtime.results.files import output_paths
 from edgemuse.runtime.scan.nifti import scan_stem
 
 LONG = 150.0
-"""Seconds; what takes longer runs once."""
+"""A system that takes more seconds than this runs once."""
 NNUNET = """
 import sys, numpy as np
 from pathlib import Path
@@ -51,7 +51,7 @@ np.save(sys.argv[3], labels.astype(np.uint16))
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the page: its title, the network and scans that it is about, and how often each system runs warm."""
+    """A part of the page: its title, what makes its network and scans, and how often each system runs warm."""
 
     title: str
     make: Callable[[Path, Path, Progress], Case]
@@ -76,15 +76,15 @@ class System:
 
     @property
     def folder(self) -> str:
-        """Name of a folder for its files."""
+        """The name of a folder for its files."""
         return hashlib.sha256(self.name.encode()).hexdigest()[:12]
 
 
 def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
-    """Every system for `case`, the one that the others are compared with first.
+    """List every system for `case`; the first is what the others are compared with.
 
-    Backends that `auto` would not take run once, without the profile `reference`, and where no truth is known in fp32
-    alone: that another precision saves them nothing shows on the other networks.
+    Backends that `auto` would not take run once and without the profile `reference`. If no truth is known they run in
+    fp32 alone: the other networks show that another precision saves them nothing.
     """
     found = [setting for setting in settings(bundle) if (setting.backend, setting.precision) != ("onnxruntime", "fp16")]
     ours = [
@@ -98,7 +98,7 @@ def systems(case: Case, bundle: Bundle, repeats: int) -> list[System]:
 
 
 def _ways(case: Case, setting: Setting, preferred: bool, repeats: int) -> Iterator[System]:
-    """The systems of one setting: as it is, unmirrored, with little memory; `auto` takes a `preferred` backend."""
+    """List the systems of one setting: as it is, unmirrored, with little memory; `auto` takes a `preferred` backend."""
     if not preferred and (setting.profile == "reference" or (setting.precision != "fp32" and not case.truth)):
         return
     where = f"{setting.backend} | {setting.precision}"
@@ -124,7 +124,7 @@ class Bench:
     failed: dict[System, str] = field(default_factory=dict)
 
     def run_all(self) -> None:
-        """All scans and systems, the timed scan last round by round; a system that fails is left out."""
+        """Measure all scans and systems, the timed scan last, round by round; a system that fails is left out."""
         for scan in self.case.others:
             for system in self.systems:
                 if not system.nnunet:
@@ -136,7 +136,7 @@ class Bench:
                     self.row(system, self.case.timed, number)
 
     def key(self, system: System, scan: Path, number: int) -> Row:
-        """What tells one run from the others."""
+        """Return the fields that tell one run from the others."""
         names = {"case": self.case.name, "bundle": self.bundle.sha256, "system": system.name}
         return names | {"scan": scan.name, "number": number}
 
@@ -160,12 +160,12 @@ class Bench:
         say(f"{self.case.name}: {system.name}, {scan.name}, run {number}: {run.seconds:.1f} s, {run.peak / 1e9:.2f} GB")
 
     def labels_path(self, system: System, scan: Path) -> Path:
-        """Where the labels of `system` for `scan` go."""
+        """Return where the labels of `system` for `scan` go."""
         folder = self.place.folder / "out" / system.folder
         return folder / f"{scan.name}.npy" if system.nnunet else output_paths(folder, scan_stem(scan))["dseg.nii.gz"]
 
     def command(self, system: System, scan: Path) -> list[str]:
-        """What is run."""
+        """Return the command that segments `scan` with `system`."""
         labels = self.labels_path(system, scan)
         if system.nnunet:
             return [sys.executable, "-c", NNUNET, str(self.case.folder), str(scan), str(labels), system.nnunet]
@@ -173,7 +173,7 @@ class Bench:
         return [*command, "-o", str(labels.parent), "--overwrite", "--no-postprocess", *system.arguments]
 
     def made(self, system: System, scan: Path) -> Row:
-        """What the provenance of a run says."""
+        """Return what the provenance of a run says."""
         if system.nnunet:
             return {}
         paths = output_paths(self.labels_path(system, scan).parent, scan_stem(scan))
@@ -193,12 +193,12 @@ class Bench:
         }
 
     def labels(self, system: System, scan: Path) -> Any:
-        """(i, j, k) label numbers that `system` gave."""
+        """Read the label numbers (i, j, k) that `system` gave."""
         path = self.labels_path(system, scan)
         return to_indices(np.load(path), self.bundle.manifest.labels) if system.nnunet else scans.labels_of(path)
 
     def scores(self, system: System, scan: Path) -> Row:
-        """Mean Dice with the first system's labels, and with the truth over the structures in it."""
+        """Return mean Dice with the first system's labels, and with the truth over the structures in it."""
         found = self.labels(system, scan)
         scores = {"agreement": mean_dice(found, self.labels(self.systems[0], scan))}
         truth = self.truth(scan)
@@ -210,7 +210,7 @@ class Bench:
         }
 
     def truth(self, scan: Path) -> Any:
-        """(i, j, k) label numbers that the model knows, or None."""
+        """Read the truth, with only the label numbers that the model knows; None if there is none."""
         if scan != self.case.timed or self.case.truth is None:
             return None
         truth = scans.labels_of(self.case.truth)
@@ -218,7 +218,7 @@ class Bench:
         return truth
 
     def verdict(self, system: System, precision: str) -> str:
-        """What the accuracy gate says of `system` on all scans; nothing where no truth is known."""
+        """Return what the accuracy gate says of `system` on all scans; nothing if no truth is known."""
         if self.case.truth is None:
             return ""
         found = [
@@ -229,7 +229,7 @@ class Bench:
 
 
 def summarise(bench: Bench) -> list[Row]:
-    """A row for each system: medians of its warm runs, and what the first one took."""
+    """Sum up each system: medians of its warm runs, and what the first run took."""
     summaries = []
     for system in bench.systems:
         if system in bench.failed:
@@ -256,7 +256,7 @@ def summarise(bench: Bench) -> list[Row]:
 
 
 def measured(name: str, shared: Path, place: Workplace, model_folder: Path | None) -> str:
-    """The part of the page called `name`; nnU-Net runs in `model_folder`, if that is given, else in the case's own."""
+    """Measure the part called `name` and write its text; nnU-Net runs `model_folder` if the case has none."""
     part = PARTS[name]
     case = part.make(shared, place.folder, say)
     case = replace(case, folder=model_folder or case.folder)
@@ -273,7 +273,7 @@ def measured(name: str, shared: Path, place: Workplace, model_folder: Path | Non
 @page_options("performance")
 @click.option("--part", "names", multiple=True, type=click.Choice(list(PARTS)), default=list(PARTS), help="Measure "
               "only this; the page keeps what it says of the rest.  [default: all]")  # fmt: skip
-@click.option("--built-in-folder", type=FOLDER, help="The model folder that the built-in model was exported from, to "
+@click.option("--built-in-folder", type=EXISTING, help="The model folder that the built-in model was exported from, to "
               "run nnU-Net on it.")  # fmt: skip
 def main(shared: Path, output: Path, work: Path, names: tuple[str, ...], built_in_folder: Path | None) -> None:
     """Measure every system on three networks, one after the other."""

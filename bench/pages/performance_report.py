@@ -1,11 +1,12 @@
-"""The page of `edgemuse.bench.pages.performance`: tables of what was measured."""
+"""The tables of the performance page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from edgemuse.bench.measure.rows import Row
-from edgemuse.bench.pages.page import joined, table
+from edgemuse.bench.pages.page import joined
+from edgemuse.bench.report.render import table
 
 INTRODUCTION = """
 Every run is a process of its own, from its start to its files on disk. *Time*: median of the runs that found a
@@ -29,7 +30,7 @@ STAGES = ("load", "preprocess", "engine", "infer", "restore", "quality", "write"
 
 
 def network_part(rows: Sequence[Row], left_out: Mapping[str, str], peaks: Mapping[str, float], machine: str) -> str:
-    """What was measured of one network; `left_out`: why a system did not run, by its name."""
+    """Write what was measured of one network; `left_out` says why a system did not run, by its name."""
     parts = [machine, _overview(rows), *(f"Did not run: {name}: {why}" for name, why in left_out.items())]
     parts += ["### Stages, seconds", _stages(rows), "### Share of the processor's peak", _roofline(rows, peaks)]
     return joined(*parts)

@@ -1,4 +1,4 @@
-"""What the programs that write pages have in common: their command line, and what an interrupted one keeps."""
+"""What the programs that write pages share: their command line, and what they keep when they are interrupted."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from edgemuse.bench.measure.rows import Row, append, machine_text, rewrite, vers
 from edgemuse.bench.pages.page import MEASURED, age
 from edgemuse.runtime.results.files import read_record, write_file, write_files
 
-SHARED = click.Path(path_type=Path, exists=True, file_okay=False)
+EXISTING = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 WORK = Path(platformdirs.user_cache_dir("edgemuse", appauthor=False), "pages")
 """Where programs keep what they make, each in a folder of its own, unless they are told otherwise."""
 STATE, KEPT, ROWS = "state.json", "kept", "rows.jsonl"
-"""In the folder of a program: the state that it measures in, the folder of all else, and in that what it measured."""
+"""In the folder of a program: the state in which it measures, a folder for the rest, and in that its rows."""
 Program = TypeVar("Program", bound=Callable[..., Any])
 
 
 def say(line: str) -> None:
-    """Print what is being done, apart from results."""
+    """Print what is being done to stderr."""
     click.echo(line, err=True)
 
 
 def page_options(page: str) -> Callable[[Program], Program]:
-    """The argument SHARED and the options `-o` and `--work` of the program that writes `page`."""
+    """Add the argument SHARED and the options `-o` and `--work` to the program that writes `page`."""
 
     def decorate(program: Program) -> Program:
         for option in (
@@ -40,7 +40,7 @@ def page_options(page: str) -> Callable[[Program], Program]:
                          "an interrupted run goes on there.  [default: in the user's cache]"),
             click.option("-o", "--output", type=FILE, callback=_writable, default=MEASURED / f"{page}.md",
                          show_default=True, help="Markdown file to write."),
-            click.argument("shared", type=SHARED),
+            click.argument("shared", type=EXISTING),
         ):  # fmt: skip
             program = option(program)
         return program
@@ -80,12 +80,12 @@ class Workplace:
             say(f"going on after {len(self.rows)} measurements")
 
     def age(self, models: Iterable[str], part: str) -> str:
-        """The line that says how old the figures are, which the page or part called `part` begins with."""
+        """Write the line that says how old the figures are; the page or part called `part` begins with it."""
         return age(max(row["date"] for row in self.rows), self.state["commit"], models, part)
 
     @property
     def machine(self) -> str:
-        """The line that says on what machine and with which versions this was measured."""
+        """The line that says on which machine and with which versions it was measured."""
         return f"{machine_text(self.state)}; {versions_text(self.state)}."
 
     def add(self, row: Row) -> Row:
@@ -96,11 +96,11 @@ class Workplace:
         return self.rows[-1]
 
     def of(self, **fields: Any) -> list[Row]:
-        """The rows with these values."""
+        """Return the rows with these values."""
         return [row for row in self.rows if all(row.get(name) == value for name, value in fields.items())]
 
     def once(self, what: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, or gave before the interruption, as JSON brings it back."""
+        """Return what `measure` gives, or gave before an interruption, as JSON brings it back."""
         rows = self.of(what=what)
         return (rows[0] if rows else self.add({"what": what, "value": measure()}))["value"]
 

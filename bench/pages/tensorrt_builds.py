@@ -26,8 +26,9 @@ from onnx import helper, numpy_helper
 
 from edgemuse.bench.measure.rows import state
 from edgemuse.bench.measure.uncalibrated import to_int8
-from edgemuse.bench.pages.page import joined, named, table
+from edgemuse.bench.pages.page import joined, named
 from edgemuse.bench.pages.program import Workplace, page_options, say
+from edgemuse.bench.report.render import table
 from edgemuse.calibration.half import half_precision
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import peak_memory
@@ -45,7 +46,7 @@ GRAPHS: dict[str, Callable[[bytes], bytes]] = {
     "int8, else fp16": lambda graph: to_int8(half_precision(graph)),
 }
 OLDEST = CAPABILITIES[0]
-"""Turing, which lacks convolutions in fp32."""
+"""Turing, for which TensorRT-RTX has no convolutions in fp32."""
 MEMORY_LIMIT = 4e9
 CHILD = """
 import json, sys
@@ -69,7 +70,7 @@ HEADER = ("network", "precision", "compute capability", "result", "size", "secon
 
 @dataclass(frozen=True)
 class Network:
-    """A graph in fp32, the patch it runs on, and the hash of the model or, where there is no bundle, of the graph."""
+    """A graph in fp32, the patch it runs on, and the hash of its bundle or, without one, of the graph."""
 
     name: str
     graph: bytes
@@ -83,13 +84,13 @@ class Network:
 
 
 def built_in() -> Network:
-    """The built-in model's network."""
+    """Return the built-in model's network."""
     bundle = open_bundle(BUILT_IN)
     return Network("built-in model", bundle.graph("fp32"), bundle.manifest.network.patch, bundle.sha256)
 
 
 def dlmuse(shared: Path, work: Path) -> Network:
-    """DLMUSE's network, exported but not verified: its weights are random."""
+    """Export DLMUSE's network with random weights; the export is not verified."""
     from edgemuse.bench.measure.models import random_dlmuse
     from edgemuse.export.architecture import backbone, load_network
     from edgemuse.export.checkpoint import read_checkpoints
@@ -104,7 +105,7 @@ def dlmuse(shared: Path, work: Path) -> Network:
 
 
 def build_one(graph: bytes, shape: TileShape, precision: str, capability: str, folder: Path) -> dict[str, Any]:
-    """Size in bytes, seconds and peak memory of one build in this process, or its error."""
+    """Build one engine in this process; returns its bytes, seconds and peak memory, or its error."""
     start = time.perf_counter()
     try:
         path = build_engine(graph, shape, EngineOptions(precision=precision), folder, capability)
@@ -115,7 +116,7 @@ def build_one(graph: bytes, shape: TileShape, precision: str, capability: str, f
 
 
 def build_apart(graph: Path, shape: TileShape, precision: str, capability: str, folder: Path) -> dict[str, Any]:
-    """`build_one` in a process of its own, so that no build profits from an earlier one."""
+    """Run `build_one` in a process of its own, so that no build profits from an earlier one."""
     arguments = [str(graph), json.dumps(shape), precision, capability, str(folder)]
     done = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
@@ -123,7 +124,7 @@ def build_apart(graph: Path, shape: TileShape, precision: str, capability: str, 
 
 
 def build_all(network: Network, place: Workplace) -> Iterator[tuple[list[str], bool]]:
-    """A row of the table for every precision and compute capability, and whether it is as it should be."""
+    """Build every precision and compute capability; yields rows of the table, and whether each is as it should be."""
     for name, convert in GRAPHS.items():
         path = place.folder / "graph.onnx"
         path.write_bytes(convert(network.graph))
@@ -143,12 +144,12 @@ def _cells(found: dict[str, Any]) -> list[str]:
 
 
 def _short(message: str) -> str:
-    """TensorRT's own words follow ours in brackets."""
+    """Drop TensorRT's own words, which follow ours in brackets."""
     return message.partition(" (IBuilder")[0].replace("|", "/")
 
 
 def mismatches(network: Network) -> Iterator[tuple[str, str]]:
-    """What does not fit, and what edgemuse says, all of it tried with the real libraries."""
+    """Try what does not fit with the real libraries; yields what it is and what edgemuse says."""
     graph, shape = network.graph, network.shape
     yield "no GPU on this machine, `--backend tensorrt`", _refusal(lambda: choose(EngineOptions("tensorrt")))
     yield "compute capability that TensorRT-RTX does not know", _build(graph, shape, capability="9.0")
@@ -179,14 +180,14 @@ def _refusal(work: Callable[[], object]) -> str:
 
 
 def _in_child(prelude: str) -> str:
-    """What 'segment --backend tensorrt' would say after `prelude`."""
+    """Return what 'segment --backend tensorrt' would say after `prelude`, in a process of its own."""
     code = f"import sys\n{prelude}\nfrom edgemuse.bench.pages.tensorrt_builds import refused\nprint(refused())"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip()
 
 
 def refused() -> str:
-    """Why TensorRT cannot be used in this process."""
+    """Return why TensorRT cannot be used in this process."""
     return _refusal(lambda: choose(EngineOptions("tensorrt")))
 
 
@@ -208,7 +209,7 @@ def _with_unknown_operation(graph: bytes) -> bytes:
 
 
 def loading_rows() -> Iterator[list[str]]:
-    """What TensorRT finds wrong with an engine, and the words that edgemuse has for it."""
+    """List what TensorRT may find wrong with an engine, and what edgemuse then says."""
     from edgemuse.engines.tensorrt import COMPLAINTS, MISMATCHES
 
     yield from ([f"`{flag}`", meaning] for flag, meaning in MISMATCHES.items())

@@ -1,1 +1,1 @@
-"""What is made of measurements: summaries, figures, the report and the comparison of two."""
+"""What is made of measurements: summaries, figures, the report, and comparisons."""

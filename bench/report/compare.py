@@ -1,4 +1,4 @@
-"""Two reports side by side: what changed between two commits, machines or models."""
+"""Set two reports side by side, to show what changed between two commits, machines or models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgemuse.bench.measure.rows import CONTEXT, Row, read_rows
-from edgemuse.bench.report.report import NOTHING, Section, to_markdown
+from edgemuse.bench.report.render import Section, to_markdown
+from edgemuse.bench.report.report import NOTHING
 from edgemuse.bench.report.summary import Spread, Summary, summarise
 from edgemuse.engines.errors import InputError
 
@@ -14,7 +15,7 @@ OVERLAP = "overlap"
 
 
 def compare(first: Path, second: Path) -> str:
-    """The systems that both reports hold, as Markdown; raises InputError where they have none in common."""
+    """Compare the systems that both reports hold, as Markdown; raises InputError if they have none in common."""
     rows = read_rows(first), read_rows(second)
     before, after = ({summary.system: summary for summary in summarise(each)} for each in rows)
     both = [name for name in before if name in after]

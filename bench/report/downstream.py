@@ -1,4 +1,4 @@
-"""What a cohort study would find with either method's volumes: brain age, Alzheimer's, and whether they differ.
+"""Compare what a cohort study would find with the volumes of two methods: brain age and Alzheimer's disease.
 
 Both methods' volumes go through the same models on the same folds, so that a difference comes from the volumes alone.
 """
@@ -26,15 +26,15 @@ from edgemuse.engines.errors import InputError, one_line
 
 FOLDS = 10
 SMALLEST = 20
-"""Subjects below which a cross-validated model says nothing."""
+"""The fewest subjects of which a cross-validated model says anything."""
 PENALTIES = np.logspace(-3, 5, 17)
 SIGNIFICANT = 0.05
 AGE, DIAGNOSIS, SEX, SUBJECT = "age", "diagnosis", "sex", "subject"
 
 Table: TypeAlias = Any
-"""A pandas.DataFrame, its index the subjects."""
+"""A pandas.DataFrame whose index is the subjects."""
 VOLUMES = "_volumes.tsv"
-"""End of the names of `edgemuse segment`'s volumes, a file a scan."""
+"""How the names of the files end that `edgemuse segment` writes volumes into."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Alzheimers:
 
 
 def read_volumes(path: Path) -> Table:
-    """Volumes, a row a subject and a column a structure; raises InputError.
+    """Read volumes: a row for each subject and a column for each structure; raises InputError.
 
     `path` is such a table with a column `subject`, or a folder of `<subject>_volumes.tsv` of `edgemuse segment`.
     """
@@ -93,7 +93,7 @@ def read_volumes(path: Path) -> Table:
 
 
 def read_covariates(path: Path) -> Table:
-    """A table with the columns `subject`, `age` and optionally `sex` and `diagnosis` (1, 0); raises InputError."""
+    """Read a table with the columns `subject`, `age` or `diagnosis` (1, 0), and perhaps `sex`; raises InputError."""
     table = _read(path)
     if not {AGE, DIAGNOSIS} & set(table.columns):
         raise InputError(f"{path}: neither {AGE} nor {DIAGNOSIS} in its first line; there is nothing to predict")
@@ -122,7 +122,7 @@ def _volumes(path: Path) -> Any:
 
 
 def _parse(path: Path, index: str) -> Table:
-    """The table at `path`, separated by tabs or commas, by its column `index`."""
+    """Read the table at `path`, separated by tabs or commas; its column `index` becomes the index."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         separator = "\t" if "\t" in text.partition("\n")[0] else ","
@@ -142,7 +142,7 @@ def _read(path: Path) -> Table:
 
 
 def together(reference: Table, engine: Table, covariates: Table) -> tuple[Table, Table, Table]:
-    """The subjects and structures that all tables have, in one order; sex as a number beside the volumes."""
+    """Keep the subjects and structures that all tables have, in one order; sex becomes a number beside the volumes."""
     subjects = reference.index.intersection(engine.index).intersection(covariates.index)
     structures = [name for name in reference.columns if name in engine.columns]
     if len(subjects) < SMALLEST or not structures:
@@ -159,7 +159,7 @@ def together(reference: Table, engine: Table, covariates: Table) -> tuple[Table,
 
 
 def brain_age(reference: Table, engine: Table, covariates: Table, seed: int = 0) -> BrainAge | None:
-    """Compare brain age from either method's volumes; None where too few subjects have an age."""
+    """Compare brain age from either method's volumes; None if too few subjects have an age."""
     if AGE not in covariates:
         return None
     wanted = covariates[AGE].notna()
@@ -182,7 +182,7 @@ def brain_age(reference: Table, engine: Table, covariates: Table, seed: int = 0)
 
 
 def alzheimers(reference: Table, engine: Table, covariates: Table, seed: int = 0) -> Alzheimers | None:
-    """Compare diagnoses from either method's volumes; None where too few of either kind have one."""
+    """Compare diagnoses from either method's volumes; None if too few subjects of a kind have one."""
     if DIAGNOSIS not in covariates:
         return None
     wanted = covariates[DIAGNOSIS].notna()
@@ -204,7 +204,7 @@ def alzheimers(reference: Table, engine: Table, covariates: Table, seed: int = 0
 
 
 def _table(right: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
-    """(2, 2) subjects: both right, only the first; only the second, neither."""
+    """Count subjects (2, 2): both methods right, only the first; only the second, neither."""
     first, second = right
     return np.array(
         [[(first & second).sum(), (first & ~second).sum()], [(~first & second).sum(), (~first & ~second).sum()]]
@@ -217,7 +217,7 @@ def _pair(values: Sequence[float]) -> tuple[float, float]:
 
 
 def downstream(reference: Path, engine: Path, covariates: Path) -> str:
-    """Both comparisons on three tables of files, as Markdown; raises InputError."""
+    """Make both comparisons with the tables in three files, as Markdown; raises InputError."""
     tables = together(read_volumes(reference), read_volumes(engine), read_covariates(covariates))
     parts = [_age_text(brain_age(*tables)), _diagnosis_text(alzheimers(*tables))]
     if parts == [None, None]:

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG: no network, no script, the same bytes for the same rows."""
+"""The report's figures as SVG. They need no network and no script; the same rows give the same bytes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ STAGE_COLOURS = dict(zip(STAGES, [*mpl.color_sequences["tab10"], "#e8c468", "#cc
 FAR_APART, RED = 7, 6
 """In the colour map tab20: the step between neighbouring labels, and what marks a difference."""
 IMAGE_DPI = 80
-"""Of slices; everything else is drawn as lines."""
+"""Resolution of slices; everything else is drawn as lines."""
 WORST = 30
-"""Structures that the box plot shows."""
+"""How many structures the box plot shows."""
 
 
 def svg(figure: Figure) -> bytes:
-    """The `<svg>` element alone, to be put into a page or a file."""
+    """Return the `<svg>` element alone, to be put into a page or a file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", dpi=IMAGE_DPI, bbox_inches="tight", metadata={"Date": None})
     data = stream.getvalue()
@@ -49,7 +49,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def pareto(summaries: Sequence[Summary]) -> bytes | None:
-    """Mean Dice, against the truth where there is one, over median time; a line joins what nothing beats in both."""
+    """Draw mean Dice, against the truth if there is one, over time; a line joins what nothing beats in both."""
     against_truth = any(summary.truth for summary in summaries)
     points = []
     for summary in summaries:
@@ -79,7 +79,7 @@ def pareto(summaries: Sequence[Summary]) -> bytes | None:
 
 
 def stages(summaries: Sequence[Summary]) -> bytes | None:
-    """A bar a system, its stages in the order in which they happen."""
+    """Draw a bar for each system, with its stages in their order."""
     timed = [summary for summary in summaries if summary.stages][::-1]
     if not timed:
         return None
@@ -97,7 +97,7 @@ def stages(summaries: Sequence[Summary]) -> bytes | None:
 
 
 def structures(shown: Sequence[Summary]) -> bytes | None:
-    """Box plots of Dice over scans, of the structures that are worst in the first system."""
+    """Draw box plots of Dice over scans for the structures that are worst in the last system shown."""
     against_truth = all(summary.truth for summary in shown)
     scores = [summary.truth if against_truth else summary.baseline for summary in shown]
     if not scores or any(score is None for score in scores):
@@ -127,7 +127,7 @@ def _boxes(axes: Any, values: list[list[float]], positions: Any, colour: str) ->
 
 
 def bland_altman(summary: Summary) -> bytes | None:
-    """Differences of volumes over their means, a dot a structure and scan, with the limits of agreement."""
+    """Draw differences of volumes over their means: a dot for each structure and scan, and the limits of agreement."""
     panels = [(name, scores) for name, scores in (("truth", summary.truth), ("baseline", summary.baseline)) if scores]
     if not panels:
         return None
@@ -148,7 +148,7 @@ def bland_altman(summary: Summary) -> bytes | None:
 
 
 def scaling(curves: Mapping[str, Sequence[tuple[float, float, float]]], names: Mapping[str, str]) -> bytes | None:
-    """Seconds and gigabytes over what is varied, a column an axis."""
+    """Draw seconds and gigabytes over what is varied, with a column for each curve."""
     if not curves:
         return None
     with mpl.rc_context(STYLE):
@@ -167,7 +167,7 @@ def scaling(curves: Mapping[str, Sequence[tuple[float, float, float]]], names: M
 
 
 def worst_slices(scan: Path, maps: Sequence[tuple[str, Path]]) -> bytes:
-    """The axial slice in which the last of `maps` differs most from the first, side by side with the differences."""
+    """Draw the axial slice in which the last of `maps` differs most from the first, and the differences."""
     image = to_bytes(read_image(open_scan(scan)))
     volumes = [read_labels(path)[0] for _, path in maps]
     differ = volumes[0] != volumes[-1]
@@ -191,7 +191,7 @@ def worst_slices(scan: Path, maps: Sequence[tuple[str, Path]]) -> bytes:
 
 
 def _vertical(scan: Path) -> int:
-    """The axis that runs closest to superior."""
+    """Return the axis that runs closest to superior."""
     return int(np.abs(open_scan(scan).affine[2, :3]).argmax())
 
 

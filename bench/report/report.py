@@ -1,12 +1,9 @@
-"""The report: `report.md` with its figures, and `report.html` in one file, both from the rows alone."""
+"""The report: `report.md` with its figures and `report.html` in one file; both are made from the rows alone."""
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +14,7 @@ from edgemuse.bench.measure.scaling import AXES, curves
 from edgemuse.bench.measure.scores import Accuracy
 from edgemuse.bench.measure.worker import STAGES
 from edgemuse.bench.report import figures
+from edgemuse.bench.report.render import Section, to_html, to_markdown
 from edgemuse.bench.report.summary import (
     SHIFT,
     STRUCTURE_AGREEMENT,
@@ -53,24 +51,6 @@ MLPERF = """Through MLPerf's load generator, LoadGen, in one warm process: a que
 label map on disk. *Dice* is that of the label maps in LoadGen's accuracy log; MLPerf's 3D-UNet benchmark asks for \
 99 % or 99.9 % of the reference's. This is no MLPerf result: its rules ask for other data and for ten minutes or more, \
 and LoadGen finds SingleStream valid from 64 queries on."""
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:13px;display:block;overflow-x:auto}
-td,th{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}code{background:#f4f4f4}
-.flag{color:#a40000}"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report. A `long` table is left to the HTML page, folded; `figures` are SVG by name."""
-
-    title: str
-    text: str = ""
-    points: Sequence[str] = ()
-    header: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    long: bool = False
-    figures: dict[str, bytes | None] = field(default_factory=dict)
 
 
 def write_report(folder: Path, rows: Sequence[Row], scans: Sequence[Source] = (), command: str = "") -> Path:
@@ -85,12 +65,12 @@ def write_report(folder: Path, rows: Sequence[Row], scans: Sequence[Source] = ()
 
 
 def pictures(parts: Sequence[Section]) -> dict[str, bytes]:
-    """The figures by name."""
+    """Return the figures by their names."""
     return {name: data for part in parts for name, data in part.figures.items() if data is not None}
 
 
 def sections(folder: Path, rows: Sequence[Row], scans: Sequence[Source], command: str) -> Iterator[Section]:
-    """The parts of a report on `rows`, whose label maps lie in `folder`."""
+    """Make the parts of a report on `rows`, whose label maps lie in `folder`."""
     summaries = summarise(rows)
     shown = focus(summaries)
     yield Section("edgemuse bench", _environment(rows, command))
@@ -198,7 +178,7 @@ def _result(summary: Summary, is_baseline: bool) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    """`value` as `form` says; a dash for what is not known."""
+    """Write `value` as `form` says, and a dash for what is not known."""
     return NOTHING if value is None or math.isnan(value) else form.format(value)
 
 
@@ -270,7 +250,7 @@ def _accuracy_row(accuracy: Accuracy) -> list[str]:
 def _slices(
     folder: Path, rows: Sequence[Row], scans: Sequence[Source], base: Summary, shown: Summary
 ) -> dict[str, bytes | None]:
-    """Pictures of the scans on which the system shown is worst, against the truth if there is one."""
+    """Draw the scans on which the system shown is worst, against the truth if there is one."""
     dice = {
         row["scan"]: fmean(score["dice"] for score in row["structures"])
         for row in sorted(rows, key=lambda row: row.get("against") == "truth")
@@ -284,68 +264,3 @@ def _slices(
         if all(path.exists() for _, path in maps):
             pictures[f"worst_{scan_stem(scan.path)}"] = figures.worst_slices(scan.path, maps)
     return pictures
-
-
-def to_markdown(sections: Sequence[Section], level: int = 1, link: str = "figures/") -> str:
-    """The sections as Markdown, long tables left out.
-
-    Args:
-        sections: the first one's heading is of `level`, the others' of the next.
-        level: 1 for a page of its own.
-        link: what the path of a figure begins with.
-    """
-    parts = []
-    for index, section in enumerate(sections):
-        if section.long or _empty(section):
-            continue
-        parts += [
-            f"{'#' * (level + (index > 0))} {section.title}",
-            section.text,
-            "\n".join(f"- {p}" for p in section.points),
-        ]
-        if section.rows:
-            lines = [section.header, ["---"] * len(section.header), *section.rows]
-            parts.append("\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines))
-        parts += [f"![{name}]({link}{name}.svg)" for name, data in section.figures.items() if data is not None]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _empty(section: Section) -> bool:
-    return not (section.text or section.points or section.rows or any(section.figures.values()))
-
-
-def to_html(sections: Sequence[Section]) -> str:
-    """The sections as one page that needs nothing else."""
-    title = html.escape(sections[0].title)
-    body = "\n".join(_html(section, level) for level, section in enumerate(sections) if not _empty(section))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _html(section: Section, level: int) -> str:
-    tag = "h2" if level else "h1"
-    title, parts = html.escape(section.title), []
-    parts += [f"<p>{_inline(paragraph)}</p>" for paragraph in section.text.split("\n\n") if paragraph]
-    if section.points:
-        parts.append(f"<ul>{''.join(f'<li class=flag>{html.escape(point)}</li>' for point in section.points)}</ul>")
-    if section.rows:
-        parts.append(_html_table(section))
-    parts += [data.decode() for data in section.figures.values() if data is not None]
-    content = "\n".join(parts)
-    if section.long:
-        return f"<details><summary>{title}</summary>\n{content}</details>"
-    return f"<{tag}>{title}</{tag}>\n{content}"
-
-
-def _inline(text: str) -> str:
-    """Escaped, with Markdown's code and emphasis."""
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-    return re.sub(r"\*([^*]+)\*", r"<em>\1</em>", escaped)
-
-
-def _html_table(section: Section) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.header)
-    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in section.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"

@@ -1,4 +1,4 @@
-"""From rows to what a report says of each system: times, ratios, scores, and what does not hold."""
+"""Sum up the rows of each system: times, ratios, scores, and what speaks against it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgemuse.bench.measure.scores import Accuracy, accuracy, baseline_of
 from edgemuse.calibration.gate import LARGEST_DROP, SMALLEST_AGREEMENT, TRUTH_SHARE, TRUTH_SHARE_DEFAULT
 
 STRUCTURE_AGREEMENT = 0.8
-"""Dice with the baseline's own labels below which a structure is not the same one."""
+"""Dice with the baseline's labels below which a structure counts as another one."""
 SHIFT = 0.5
 """Voxels by which a structure's centre may lie off the baseline's: rounding scatters, an error of geometry shifts."""
 ALL_SHOWN = 5
@@ -21,7 +21,7 @@ ALL_SHOWN = 5
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, tenth and ninetieth percentile, and of how many."""
+    """Median, tenth and ninetieth percentile of `count` values."""
 
     median: float
     p10: float
@@ -30,7 +30,7 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """The spread of `values`; None if there are none."""
+    """Return the spread of `values`; None if there are none."""
     numbers = list(values)
     if not numbers:
         return None
@@ -74,7 +74,7 @@ class Summary:
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """One summary a system, the baseline's first."""
+    """Sum up each system, the baseline first."""
     base = baseline_of(rows)
     names = dict.fromkeys([base, *(row["system"] for row in rows if row["kind"] == "run")])
     reference = accuracy(rows, base, "truth")
@@ -107,7 +107,7 @@ def _summary(rows: Sequence[Row], name: str, base: str, reference: Accuracy | No
 
 
 def ratios(rows: Sequence[Row], name: str, base: str) -> list[float]:
-    """Seconds of a system over those of another in the same round on the same scan, warm-ups left out."""
+    """Divide a system's seconds by those of `base` in the same round on the same scan, without warm-ups."""
     times = {
         (row["system"], row["scan"], row["round"]): row["seconds"]
         for row in rows
@@ -133,7 +133,7 @@ def _flags(name: str, truth: Accuracy | None, reference: Accuracy | None, agreed
 
 
 def _listed(values: Mapping[str, float], limit: float, what: str, form: str) -> Iterable[str]:
-    """One line for the structures beyond the limit, worst first."""
+    """List the structures beyond the limit in one line, worst first."""
     beyond = sorted((name for name, value in values.items() if value > limit), key=lambda name: -values[name])
     if beyond:
         names = ", ".join(f"{name} ({form.format(values[name])})" for name in beyond[:ALL_SHOWN])
@@ -142,12 +142,12 @@ def _listed(values: Mapping[str, float], limit: float, what: str, form: str) -> 
 
 
 def precision(name: str) -> str:
-    """Of a system by its name; what does not say is fp32."""
+    """Read the precision from a system's name; one that does not say is fp32."""
     return name.split("/")[2] if name.startswith("edgemuse/") else "fp32"
 
 
 def focus(summaries: Sequence[Summary]) -> Summary | None:
-    """The system whose pictures are shown beside the baseline's: the fastest of ours that nothing speaks against."""
+    """Choose the system that is shown beside the baseline: the fastest of ours that is not flagged."""
     others = [summary for summary in summaries[1:] if summary.seconds and summary.baseline]
     ours = [summary for summary in others if summary.system.startswith("edgemuse/")] or others
     return min(ours, key=lambda s: (bool(s.flags), s.seconds.median if s.seconds else 0.0), default=None)

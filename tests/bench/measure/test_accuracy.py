@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: pip install 'edgemuse[dev]'")
+pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.measure.accuracy import (
     Structure,
@@ -45,7 +45,7 @@ STRUCTURES = [Structure(f"s{n}", (n,), (n,)) for n in (1, 2, 3)]
 @given(label_maps())
 def test_dice_and_distances_equal_monais(drawn):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    metrics = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install 'edgemuse[dev]'")
+    metrics = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install '.[dev]'")
     found, truth, spacing = drawn
     comparison = compare(found, truth, STRUCTURES, affine(spacing))
     present = [n for n in (1, 2, 3) if (found == n).any() or (truth == n).any()]

@@ -9,7 +9,7 @@ import pytest
 from bundles import CommandLine, head_image, tiny_bundle, write_scan
 
 for package in ("matplotlib", "mlperf_loadgen", "SimpleITK"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.benchmark import score_all
 from edgemuse.bench.measure import mlperf

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from bundles import Tiny, tiny_graph
 
-onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'edgemuse[bench]'")
-torch = pytest.importorskip("torch", reason="PyTorch counts to compare with: pip install 'edgemuse[bench]'")
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install '.[bench]'")
+torch = pytest.importorskip("torch", reason="PyTorch counts to compare with: pip install '.[bench]'")
 
 from torch.utils.flop_counter import FlopCounterMode
 from unets import WIDTHS, unet

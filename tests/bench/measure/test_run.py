@@ -11,7 +11,7 @@ import pytest
 from bundles import CommandLine, edit_manifest, head_image, tiny_bundle, tiny_cascade, write_scan
 
 for package in ("matplotlib", "SimpleITK", "onnx"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.measure.accuracy import read_labels
 from edgemuse.bench.measure.process import ProcessFailure, joules_between, measure
@@ -118,7 +118,7 @@ def test_a_system_that_fails_is_a_row_with_its_reason(command, data, tmp_path):
 
 
 def test_nnunets_own_predictor_is_the_baseline(command, data, tmp_path, model_folder):
-    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install '.[dev]'")
     from edgemuse.export.exporter import ExportOptions, export_model
 
     folder = model_folder(mirror_axes=None)

@@ -6,8 +6,8 @@ import pytest
 from bundles import tiny_bundle, write_scan
 
 for package in ("matplotlib", "SimpleITK"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
-pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[dev]'")
+pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.measure import scaling
 from edgemuse.bench.measure.accuracy import read_labels

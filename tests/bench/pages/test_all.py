@@ -146,7 +146,8 @@ def test_every_part_of_a_page_is_known() -> None:
 
 
 def test_every_page_is_known() -> None:
-    assert {part.page for part in PARTS} == {path.stem for path in PAGES}
+    """One that is known may still wait for its first measurement."""
+    assert {path.stem for path in PAGES} <= {part.page for part in PARTS}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
-pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
+pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
+pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.pages.builtin import DEVELOPMENT, ISLANDS, MAIN, MEANS, NOT_COMPARED, VXM, Found, report
 from edgemuse.runtime.model.builtin import BUILT_IN

@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'edgemuse[dev]'")
-pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install 'edgemuse[dev]'")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
+pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.measure.reference import Reference
 from edgemuse.bench.pages.cascade import hand_on

@@ -9,7 +9,7 @@ import pytest
 from bundles import edit_manifest, tiny_bundle
 
 for library in ("torch", "nncf", "nnunetv2"):
-    pytest.importorskip(library, reason=f"needs {library}: pip install 'edgemuse[bench,calibrate]'")
+    pytest.importorskip(library, reason=f"needs {library}: pip install '.[bench,calibrate]'")
 
 from edgemuse.bench.pages.gate import section
 from edgemuse.runtime.cli.describe import GATE_HEADER

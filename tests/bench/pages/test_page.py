@@ -9,8 +9,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from edgemuse.bench.pages.page import AGE, age, joined, named, parted, parts_of, table
+from edgemuse.bench.pages.page import AGE, age, joined, named, parted, parts_of
 from edgemuse.bench.pages.program import Workplace, page_options
+from edgemuse.bench.report.render import table
 
 STATE = {
     "commit": "abc",

@@ -14,7 +14,7 @@ from bundles import CommandLine, edit_manifest, replace_file, tiny_bundle, tiny_
 from click.testing import CliRunner
 
 for library in ("torch", "nnunetv2", "nncf"):
-    pytest.importorskip(library, reason=f"needs {library}: pip install 'edgemuse[bench,calibrate]'")
+    pytest.importorskip(library, reason=f"needs {library}: pip install '.[bench,calibrate]'")
 
 from edgemuse.bench.measure.cases import Case, without_mirroring
 from edgemuse.bench.measure.process import ProcessFailure, Run

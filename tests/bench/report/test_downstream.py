@@ -5,7 +5,7 @@ import pytest
 from bundles import CommandLine
 
 for package in ("pandas", "sklearn", "statsmodels"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[dev]'")
 
 import pandas as pd
 

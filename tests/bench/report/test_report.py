@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 for package in ("matplotlib", "SimpleITK"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'edgemuse[dev]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[dev]'")
 
 from edgemuse.bench.measure.accuracy import Structure, compare
 from edgemuse.bench.measure.rows import CONTEXT, Results
