@@ -15,7 +15,7 @@ from edgemuse.runtime.network.preprocess import preprocess
 from edgemuse.runtime.network.tiles import cut, plan_tiles
 from edgemuse.runtime.regions.labels import Label
 from edgemuse.runtime.scan.geometry import shape_of
-from edgemuse.runtime.scan.nifti import SUFFIXES, file_sha256, open_scan, read_image, scan_stem
+from edgemuse.runtime.scan.nifti import SUFFIXES, file_sha256, open_scan, read_scan, scan_stem
 from edgemuse.runtime.scan.types import Labels
 
 TRUTH = "_dseg"
@@ -98,8 +98,8 @@ def calibration_patches(sources: Sequence[Source], network: Network) -> list[Bat
 
 
 def _tiles(path: Path, network: Network, count: int) -> Iterator[Batch]:
-    scan = open_scan(path)
-    image = preprocess(read_image(scan), scan.affine, scan.zooms, network).image
+    scan, voxels = read_scan(path)
+    image = preprocess(voxels, scan.affine, scan.zooms, network).image
     plan = plan_tiles(shape_of(image), network.patch, STEP)
     padded = np.pad(image, plan.pad)
     chosen = np.unique(np.linspace(0, plan.count - 1, min(count, plan.count)).round().astype(int))
@@ -113,7 +113,7 @@ def read_truth(path: Path, labels: Sequence[Label]) -> Labels:
 
     Raises InputError if it holds something else than whole numbers, or no structure of the network.
     """
-    image = read_image(open_scan(path))
+    image = read_scan(path)[1]
     indices = np.rint(image)
     if not np.array_equal(indices, image):
         raise InputError(f"{path}: holds values between whole numbers, so it is no label map")

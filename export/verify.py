@@ -26,7 +26,7 @@ from edgemuse.export.architecture import head_layer
 from edgemuse.runtime.model.bundle import Head
 from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.network.preprocess import preprocess
-from edgemuse.runtime.scan.nifti import open_scan, read_image
+from edgemuse.runtime.scan.nifti import read_scan
 from edgemuse.runtime.scan.types import Image, Shape
 
 TOLERANCE = 5e-3
@@ -226,8 +226,8 @@ def small_shape(network: Network) -> Shape:
 
 def scan_patches(scan: Path, network: Network) -> Iterator[Batch]:
     """Patches of the scan in the file `scan`, prepared as for inference; raises InputError."""
-    opened = open_scan(scan)
-    prepared = preprocess(read_image(opened), opened.affine, opened.zooms, network)
+    opened, image = read_scan(scan)
+    prepared = preprocess(image, opened.affine, opened.zooms, network)
     yield from crop_patches(prepared.image, network.patch, PATCHES_PER_SCAN)
 
 

@@ -17,7 +17,7 @@ from scipy import ndimage, stats
 from edgemuse.engines.errors import InputError
 from edgemuse.runtime.regions.agreement import agreement, dice
 from edgemuse.runtime.regions.labels import Label, by_index
-from edgemuse.runtime.scan.nifti import open_scan
+from edgemuse.runtime.scan.nifti import read_voxels, reading
 from edgemuse.runtime.scan.types import Affine
 
 PERCENTILE = 95
@@ -112,13 +112,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def read_labels(path: Path) -> tuple[LabelMap, Affine]:
     """Read the label map at `path`: whole numbers (i, j, k) and its affine; raises InputError."""
-    scan = open_scan(path)
-    try:
-        data = np.asanyarray(scan.nifti.dataobj)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: the file is cut off or damaged ({error}); copy it again") from error
-    labels = data.reshape(scan.shape).astype(np.int64)
-    if (labels != data.reshape(scan.shape)).any() or labels.min() < 0:
+    with reading(path) as (scan, source):
+        data, _ = read_voxels(scan, source, np.float64)
+    labels = data.astype(np.int64)
+    if (labels != data).any() or labels.min() < 0:
         raise InputError(f"{path}: not a label map: its values are not whole numbers from 0 on")
     return labels, scan.affine
 

@@ -48,7 +48,7 @@ from edgemuse.runtime.model.cascade import open_model
 from edgemuse.runtime.pipeline.crop import masked_crop, padded_box
 from edgemuse.runtime.pipeline.open import segment
 from edgemuse.runtime.results.islands import largest_component
-from edgemuse.runtime.scan.nifti import open_scan, read_image
+from edgemuse.runtime.scan.nifti import open_scan, read_scan
 
 NNUNET = """
 import json, sys
@@ -149,7 +149,7 @@ def nnunet_steps(models: Path, scan: Path, work: Path) -> dict[str, Any]:
     between = time.perf_counter()
     nifti: Any = nib.load(scan)
     box = padded_box(mask, 10)
-    crop = masked_crop(read_image(open_scan(scan)), mask, box)
+    crop = masked_crop(read_scan(scan)[1], mask, box)
     nib.save(nib.Nifti1Image(crop, nifti.affine), work / "crop.nii.gz")
     Reference(models / "regions", mirroring=False).labels(work / "crop.nii.gz")
     seconds = {"mask": between - start, "regions": time.perf_counter() - between}

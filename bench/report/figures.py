@@ -16,7 +16,7 @@ from edgemuse.bench.measure.accuracy import read_labels
 from edgemuse.bench.measure.worker import STAGES
 from edgemuse.bench.report.summary import Summary
 from edgemuse.runtime.results.picture import to_bytes
-from edgemuse.runtime.scan.nifti import open_scan, read_image
+from edgemuse.runtime.scan.nifti import open_scan, read_scan
 
 STYLE = {
     "svg.fonttype": "none",
@@ -168,7 +168,7 @@ def scaling(curves: Mapping[str, Sequence[tuple[float, float, float]]], names: M
 
 def worst_slices(scan: Path, maps: Sequence[tuple[str, Path]]) -> bytes:
     """Draw the axial slice in which the last of `maps` differs most from the first, and the differences."""
-    image = to_bytes(read_image(open_scan(scan)))
+    image = to_bytes(read_scan(scan)[1])
     volumes = [read_labels(path)[0] for _, path in maps]
     differ = volumes[0] != volumes[-1]
     axis = _vertical(scan)

@@ -14,11 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgemuse.engines.errors import InputError, OutputError
+from edgemuse.engines.errors import InputError, OutputError, one_line
 from edgemuse.runtime.batch.jobs import Job, distinct
 from edgemuse.runtime.regions.labels import table
 from edgemuse.runtime.results import files as outputs
+from edgemuse.runtime.scan import foreign
 from edgemuse.runtime.scan.nifti import SUFFIXES, scan_stem
+from edgemuse.runtime.scan.stand_in import stand_in
 
 VERSION = "1.11.1"
 DESCRIPTION = "dataset_description.json"
@@ -162,8 +164,7 @@ def _rows(paths: Sequence[Path], delimiter: str, keyed: bool) -> Iterator[list[s
     """The common header, then the rows of all tables; `keyed`: those begin with participant, session and scan."""
     common: list[str] | None = None
     for path in paths:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            header, *rows = [*csv.reader(file, delimiter=delimiter)] or [[]]
+        header, *rows = _table(path, delimiter) or [[]]
         if common is None:
             common = header
             yield header
@@ -172,6 +173,19 @@ def _rows(paths: Sequence[Path], delimiter: str, keyed: bool) -> Iterator[list[s
         stem = path.name.partition("_seg-")[0]
         key = [f"sub-{_entity(stem, 'sub')}", _session(stem), stem] if keyed else []
         yield from (key + row for row in rows)
+
+
+def _table(path: Path, delimiter: str) -> list[list[str]]:
+    instead = stand_in(path)
+    if instead:
+        raise InputError(f"{path}: {instead}")
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return [*csv.reader(file, delimiter=delimiter)]
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {foreign.of_missing(path)}") from error
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _session(stem: str) -> str:

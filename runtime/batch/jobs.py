@@ -11,6 +11,7 @@ from typing import Any
 
 from edgemuse.engines.errors import InputError
 from edgemuse.runtime.results.files import output_paths
+from edgemuse.runtime.scan import foreign
 from edgemuse.runtime.scan.nifti import SUFFIXES, scan_stem
 
 OTHER_IMAGES = frozenset(
@@ -48,7 +49,10 @@ def _job(scan: Path, output: Path) -> Job:
 def _in_folder(folder: Path, output: Path) -> list[Job]:
     scans = sorted(_walk(folder, output.absolute()))
     if not scans:
-        raise InputError(f"{folder}: a folder without T1 scans (.nii or .nii.gz); name the files themselves")
+        other = foreign.of_folder(folder)
+        raise InputError(
+            f"{folder}: {other or 'a folder without T1 scans (.nii or .nii.gz); name the files themselves'}"
+        )
     return [_job(scan, output / scan.parent.relative_to(folder)) for scan in scans]
 
 

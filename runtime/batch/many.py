@@ -29,7 +29,9 @@ from edgemuse.runtime.pipeline.options import Options, Progress
 from edgemuse.runtime.pipeline.result import Pipeline
 from edgemuse.runtime.pipeline.write import write
 from edgemuse.runtime.results.files import PROVENANCE, discard_parts, present, read_record
+from edgemuse.runtime.scan import foreign
 from edgemuse.runtime.scan.nifti import file_sha256, open_scan
+from edgemuse.runtime.scan.stand_in import stand_in
 
 POLL = 1.0
 """Seconds between two looks at the scans that other processes work on."""
@@ -164,7 +166,7 @@ class Batch:
                 else:
                     if claim.exclusive:
                         discard_parts(job.outputs.values())
-                    return Taken(job, claim, self.segmenter.prepare(job.scan) if plan.ahead <= room else None)
+                    return Taken(job, claim, self.segmenter.prepare(job.scan, room) if plan.ahead <= room else None)
             except Exception as error:  # raised again where it is reported
                 return Taken(job, claim, error=error)
         return None
@@ -236,6 +238,9 @@ def is_done(job: Job, wanted: Wanted | None) -> bool:
     found = present(job.outputs)
     if not found or wanted is None:
         return False
+    for path in (job.outputs[name] for name in found):
+        if path.is_symlink() and not path.exists():
+            raise _in_the_way(path, f" and is {foreign.of_missing(path)}")
     record = read_record(job.outputs[PROVENANCE]) if PROVENANCE in found else {}
     files = record.get("files")
     if not isinstance(files, dict):
@@ -246,12 +251,21 @@ def is_done(job: Job, wanted: Wanted | None) -> bool:
     other = _other(record, wanted, job.scan)
     if other:
         raise _in_the_way(job.outputs[PROVENANCE], f" for {other}")
-    for name in found:
-        if name != PROVENANCE and file_sha256(job.outputs[name]) != files[name]:
-            raise _in_the_way(
-                job.outputs[name], ", but not as its provenance says: changed since, or left by a killed run"
-            )
-    return {*files} <= {*found}
+    return all([name in found and _is_whole(job.outputs[name], sha256) for name, sha256 in files.items()])
+
+
+def _is_whole(path: Path, sha256: object) -> bool:
+    """Whether this result is there; not, if it was removed just now. Raises OutputError if it is another."""
+    try:
+        if file_sha256(path) == sha256:
+            return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _in_the_way(path, f" and cannot be read ({error.strerror})") from error
+    instead = stand_in(path)
+    changed = ", but not as its provenance says: changed since, or left by a killed run"
+    raise _in_the_way(path, f" and is {instead}" if instead else changed)
 
 
 def _other(record: Mapping[str, Any], wanted: Wanted, scan: Path) -> str:

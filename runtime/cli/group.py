@@ -10,7 +10,7 @@ import click
 
 from edgemuse.engines.errors import one_line
 from edgemuse.runtime.cli.lazy import LazyGroup
-from edgemuse.runtime.cli.screen import guard
+from edgemuse.runtime.cli.screen import guard, hush_libraries
 
 COMMANDS = {
     "segment": ("edgemuse.runtime.cli.segment", "segment", "Segment T1 scans: files, or all in a folder."),
@@ -53,6 +53,7 @@ def run_program() -> None:
     """Run the command that the program was called with, and exit: one line and an exit code for every error."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    hush_libraries()
     atexit.register(gc.freeze)  # looking through all modules for garbage before they go takes a tenth of a second
     sys.exit(guard(lambda: _run(arguments, debug), debug))
 

@@ -17,7 +17,7 @@ from edgemuse.runtime.regions.agreement import dice
 from edgemuse.runtime.regions.labels import to_indices
 from edgemuse.runtime.results.files import output_paths, prepare_folder
 from edgemuse.runtime.scan.geometry import voxel_mm3
-from edgemuse.runtime.scan.nifti import open_scan, read_image, scan_stem
+from edgemuse.runtime.scan.nifti import read_scan, scan_stem
 from edgemuse.runtime.scan.types import Labels
 
 SHOWN = {
@@ -43,7 +43,7 @@ def run(output: Path, threads: int | None, progress: Callable[[int, int], None])
         segmentation = segmenter.segment(SAMPLE_SCAN, progress)
     paths = write(segmentation, output_paths(output, scan_stem(SAMPLE_SCAN)))
     found = to_indices(segmentation.classes, bundle.manifest.labels)
-    truth = read_image(open_scan(SAMPLE_TRUTH)).astype(found.dtype)
+    truth = read_scan(SAMPLE_TRUTH)[1].astype(found.dtype)
     return report(segmentation, found, truth), paths
 
 

@@ -56,6 +56,13 @@ class _Line(logging.Formatter):
         return f"edgemuse: {_named(super().format(record), self.about())}"
 
 
+def hush_libraries() -> None:
+    """Keep warnings that libraries give by Python's `warnings` off stderr, unless Python was told to show some."""
+    if not sys.warnoptions:
+        logging.captureWarnings(True)
+        logging.getLogger("py.warnings").propagate = False
+
+
 def show_log(verbose: bool, about: Callable[[], str] = str) -> None:
     """Show warnings of edgemuse on stderr, and with `verbose` what it does; `about` names the scan it is about."""
     handler = logging.StreamHandler()

@@ -88,9 +88,9 @@ class CascadeSegmenter(Pipeline[LoadedTurned]):
         self.mask.close()
         self.regions.close()
 
-    def prepare(self, path: str | Path) -> LoadedTurned:
-        """Everything before the first network; may run in a thread beside `finish` of another scan."""
-        loaded, image = load(path, self.plan, self.options.max_ram)
+    def prepare(self, path: str | Path, room: float = math.inf) -> LoadedTurned:
+        """Everything before the first network, in at most `room` bytes; may run beside `finish` of another scan."""
+        loaded, image = load(path, self.plan, self.options.max_ram, room)
         scan = loaded.scan
         turn = turn_to(scan.affine, self.cascade.manifest.orientation)
         turned = Turned(turn.apply(image), turned_affine(scan.affine, scan.shape, turn), turn.spacing(scan.zooms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemuse.engines.errors import InputError
 from edgemuse.runtime.network.memory import MemoryPlan, check_memory
 from edgemuse.runtime.network.preprocess import Prepared
 from edgemuse.runtime.pipeline.stopwatch import Stopwatch
 from edgemuse.runtime.results import picture
-from edgemuse.runtime.scan.nifti import Scan, file_sha256, open_scan, read_image
+from edgemuse.runtime.scan.nifti import Scan, read_image, reading
 from edgemuse.runtime.scan.types import Image
 
 log = logging.getLogger("edgemuse")
@@ -30,7 +32,7 @@ class Loaded:
         shown: (i, j, k) its intensities as grey values.
         prepared: the network's input, from when it is prepared until it is taken.
         watch: the seconds so far.
-        sha256: of the file, as it was read.
+        sha256: of the bytes that were read.
     """
 
     scan: Scan
@@ -47,13 +49,20 @@ class Loaded:
         return prepared
 
 
-def load(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | None) -> tuple[Loaded, Image]:
-    """The scan at `path`, to be prepared, and its voxels; raises where it or the memory that it takes is refused."""
+def load(
+    path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | None, room: float = math.inf
+) -> tuple[Loaded, Image]:
+    """The scan at `path`, to be prepared, and its voxels, all from one reading of the file.
+
+    Raises a child of EdgemuseError where it is refused, or the memory that it takes: more than `max_ram` GiB in all,
+    or more than `room` bytes before the network runs.
+    """
     watch = Stopwatch()
-    with watch.stage("load"):
-        scan = open_scan(path)
+    with watch.stage("load"), reading(path) as (scan, source):
         memory = plan(scan)
         check_memory(scan, memory, max_ram)
+        if memory.ahead > room:
+            raise InputError(f"{path}: a larger scan took its place since it was looked at; segment it again")
         log.info("memory: %s", memory)
-        image = read_image(scan)
-        return Loaded(scan, memory, picture.to_bytes(image), None, watch, file_sha256(scan.path)), image
+        image, sha256 = read_image(scan, source)
+        return Loaded(scan, memory, picture.to_bytes(image), None, watch, sha256), image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ class Pipeline(ABC, Generic[L]):
         """The memory that `scan` will take at most."""
 
     @abstractmethod
-    def prepare(self, path: str | Path) -> L:
-        """Everything before the first network; may run in a thread beside `finish` of another scan."""
+    def prepare(self, path: str | Path, room: float = math.inf) -> L:
+        """Everything before the first network, in at most `room` bytes; may run beside `finish` of another scan."""
 
     @abstractmethod
     def finish(self, loaded: L, progress: Progress, planned: Planned = lambda total, last: None) -> Segmentation:

@@ -77,9 +77,9 @@ class Segmenter(Pipeline[Loaded]):
             self._engine.close()
             self._engine = None
 
-    def prepare(self, path: str | Path) -> Loaded:
-        """Everything before the network; may run in a thread beside `finish` of another scan."""
-        loaded, image = load(path, self.plan, self.options.max_ram)
+    def prepare(self, path: str | Path, room: float = math.inf) -> Loaded:
+        """Everything before the network, in at most `room` bytes; may run beside `finish` of another scan."""
+        loaded, image = load(path, self.plan, self.options.max_ram, room)
         scan = loaded.scan
         _warn_orientation(scan, self.network)
         with loaded.watch.stage("preprocess"):

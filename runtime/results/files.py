@@ -17,6 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
+from nibabel.nifti2 import Nifti2Header, Nifti2Image
+
 from edgemuse.engines.errors import OutputError
 from edgemuse.runtime.scan.nifti import Scan
 from edgemuse.runtime.scan.types import Labels
@@ -31,6 +34,14 @@ MAX_RECORD_BYTES = 1 << 20
 """A provenance has some kilobytes."""
 COMPRESSION = 4
 """gzip level: label maps shrink hardly more at higher ones."""
+IMAGES: dict[type, Any] = {Nifti1Header: Nifti1Image, Nifti2Header: Nifti2Image}
+FORMS = {
+    "qform_code": ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    "sform_code": ("srow_x", "srow_y", "srow_z"),
+}
+"""Fields of a NIfTI header that say where the grid lies, by the field that says whether they hold."""
+SPACE_BITS, UNITS_OF_SPACE = 7, (1, 2, 3)
+"""Of NIfTI's `xyzt_units`: metre, millimetre, micrometre."""
 
 
 def output_paths(folder: Path, stem: str) -> dict[str, Path]:
@@ -75,16 +86,27 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def nifti_bytes(indices: Labels, scan: Scan) -> bytes:
-    """`indices` (i, j, k) as a gzipped NIfTI on the scan's grid, the same bytes for the same labels."""
-    header: Any = scan.nifti.header.copy()
-    header.extensions.clear()
+    """`indices` (i, j, k) as a gzipped NIfTI on the scan's grid, the same bytes for the same labels.
+
+    Of the scan's header only the grid is taken over: names, remarks and times are nobody's business.
+    """
+    header = type(scan.header)(endianness="<")
+    _copy_grid(scan.header, header)
     header.set_data_dtype(indices.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = b"edgemuse"
     header.set_intent("label")
-    image = type(scan.nifti)(indices, None, header)
+    image = IMAGES[type(header)](indices, None, header)
     return gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
+
+
+def _copy_grid(scan: Any, header: Any) -> None:
+    """Voxel sizes, their unit, and the forms that are set."""
+    header["pixdim"][:4] = scan["pixdim"][:4]
+    unit = int(scan["xyzt_units"]) & SPACE_BITS
+    header["xyzt_units"] = unit if unit in UNITS_OF_SPACE else 0
+    for code, fields in FORMS.items():
+        for field in (code, *fields) if scan[code] > 0 else ():
+            header[field] = scan[field]
 
 
 def write_files(contents: Mapping[Path, bytes], gone: Iterable[Path] = ()) -> None:
@@ -121,7 +143,7 @@ def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path]) -> None:
     try:
         for path in (*gone, *temporaries):
             with _reported(path):
-                if path.exists():
+                if os.path.lexists(path):
                     kept[path] = _beside(path)
                     with contextlib.suppress(FileNotFoundError):  # another process was quicker
                         os.replace(path, kept[path])
@@ -132,7 +154,7 @@ def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path]) -> None:
         for path in placed:
             path.unlink()
         for path, old in kept.items():
-            if old.exists():
+            if os.path.lexists(old):
                 os.replace(old, path)
         raise
     for old in kept.values():

@@ -25,6 +25,8 @@ SHARES = (0.28, 0.5, 0.72)
 """Where the three slices of a plane cut the labelled region."""
 WINDOW = (1.0, 99.5)
 """Percentiles of the intensities above the least that become black and white."""
+MIN_WINDOW = 1e-20
+"""Between those; what lies closer together is shown as it is. Less would not fit into float32 when it is widened."""
 CAPTION = 26
 
 
@@ -56,7 +58,7 @@ def to_bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
     sample = image[tuple(slice(None, None, max(size // 64, 1)) for size in image.shape)]
     signal = sample[sample > sample.min()]
     low, high = np.percentile(signal, WINDOW) if signal.size else (0.0, 1.0)
-    scale = np.float32(255 / (high - low if high > low else 1))
+    scale = np.float32(255 / (high - low if high - low > MIN_WINDOW else 1))
     shown = np.empty_like(image, np.uint8)
     for plane, result in zip(*in_memory_order(image, shown), strict=True):  # a float copy of the volume is never needed
         result[:] = np.clip((plane - np.float32(low)) * scale, 0, 255)

@@ -7,7 +7,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -167,6 +169,32 @@ def test_group_merges_the_tables(data: Path, model: Path, cli: CommandLine, tmp_
     assert cli("bids", data, out, "group", "--session-label", "a").code == 0
     with (out / "group_seg-tiny_volumes.tsv").open(newline="") as file:
         assert {row["session_id"] for row in csv.DictReader(file, delimiter="\t")} == {"ses-a"}
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (lambda path: path.symlink_to("../.git/annex/objects/MD5E-s9--a"), "a pointer of git-annex"),
+        (lambda path: path.symlink_to("gone"), "a link to gone, which is not there"),
+        (lambda path: path.write_text("/annex/objects/MD5E-s9--a\n"), "a pointer of git-annex"),
+        (lambda path: path.write_text("x" * 200_000), "cannot be read (field larger than field limit (131072))"),
+        (lambda path: path.mkdir(), "cannot be read ("),
+    ],
+    ids=["link of git-annex", "link to nothing", "pointer of git-annex", "endless", "folder"],
+)
+def test_group_refuses_a_table_that_is_not_here(
+    put: Callable[[Path], Any], said: str, data: Path, model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("bids", data, out, "participant", "-m", model).code == 0
+    path = out / f"{IMAGES[0]}_seg-tiny_volumes.tsv"
+    path.unlink()
+    put(path)
+    before = set(out.rglob("*"))
+    ran = cli("bids", data, out, "group")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith(f"edgemuse: {path}: {said}")
+    assert set(out.rglob("*")) == before
 
 
 def test_group_merges_tables_of_dlmuse(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:

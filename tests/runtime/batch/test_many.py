@@ -24,7 +24,7 @@ from edgemuse.runtime.pipeline.open import open_segmenter
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.results.files import PROVENANCE, output_paths
-from edgemuse.runtime.scan.nifti import open_scan
+from edgemuse.runtime.scan.nifti import Scan, open_scan
 
 SCANS = 5
 posix = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
@@ -73,9 +73,9 @@ def threads_of_prepare(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[str]
     """The names of the threads that prepare scans, as they do."""
     heard, prepare = [], kind.prepare
 
-    def listening(self: Any, path: Path) -> Any:
+    def listening(self: Any, path: Path, *room: float) -> Any:
         heard.append(threading.current_thread().name)
-        return prepare(self, path)
+        return prepare(self, path, *room)
 
     monkeypatch.setattr(kind, "prepare", listening)
     return heard
@@ -174,6 +174,105 @@ def test_results_of_something_else_are_refused_for_that_scan_alone(
     assert len(ran.out.splitlines()) == 5 * len(others)
     assert {name: content for name, content in snapshot(out).items() if name.startswith("sub-1")} == before
     assert cli("segment", data, "-m", model, "-o", out, "--overwrite").code == 0
+
+
+ANNEX = "../.git/annex/objects/x1/2X/MD5E-s9--a/MD5E-s9--a"
+ELSEWHERE = {
+    "link of git-annex": (lambda path: path.symlink_to(ANNEX), "a pointer of git-annex"),
+    "pointer of git-annex": (lambda path: path.write_text("/annex/objects/MD5E-s9--a\n"), "a pointer of git-annex"),
+    "link to nothing": (lambda path: path.symlink_to("gone"), "a link to gone, which is not there"),
+}
+
+
+@pytest.mark.parametrize("name", ["volumes.tsv", "dseg.nii.gz", PROVENANCE])
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_a_result_whose_content_is_elsewhere_is_in_the_way(
+    how: str, name: str, data: Path, model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    if (how, name) == ("pointer of git-annex", PROVENANCE):
+        pytest.skip("a provenance that cannot be read is in the way, whatever it is")
+    scan, out = data / "sub-1_T1w.nii.gz", tmp_path / "out"
+    assert cli("segment", scan, "-m", model, "-o", out).code == 0
+    path, (put, said) = output_paths(out, "sub-1")[name], ELSEWHERE[how]
+    whole = path.read_bytes()
+    path.unlink()
+    put(path)
+    before = snapshot(out)
+    ran = cli("segment", scan, "-m", model, "-o", out)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith(f"edgemuse: {path} exists and is {said}")
+    assert "--overwrite" in ran.err
+    assert snapshot(out) == before
+    assert cli("segment", scan, "-m", model, "-o", out, "--overwrite").code == 0
+    assert not path.is_symlink()
+    assert path.read_bytes() == whole or name == PROVENANCE
+
+
+@pytest.mark.parametrize("name", ["volumes.tsv", "dseg.nii.gz", "qc.png"])
+@pytest.mark.parametrize("when", ["before", "while it is looked at"])
+def test_a_result_that_is_gone_is_made_again(
+    name: str, when: str, data: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan, out = data / "sub-1_T1w.nii.gz", tmp_path / "out"
+    assert cli("segment", scan, "-m", model, "-o", out).code == 0
+    path, present = output_paths(out, "sub-1")[name], many.present
+    whole = path.read_bytes()
+
+    def removing(paths: Any) -> list[str]:
+        found = present(paths)
+        path.unlink()
+        return found
+
+    if when == "before":
+        path.unlink()
+    else:
+        monkeypatch.setattr(many, "present", removing)
+    ran = cli("segment", scan, "-m", model, "-o", out)
+    assert (ran.code, len(ran.out.splitlines())) == (0, 5)
+    assert path.read_bytes() == whole
+
+
+def test_a_link_to_nothing_that_is_not_written_again_is_removed(
+    data: Path, model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    scan, out = data / "sub-1_T1w.nii.gz", tmp_path / "out"
+    picture = output_paths(out, "sub-1")["qc.png"]
+    picture.parent.mkdir()
+    picture.symlink_to("gone")
+    assert cli("segment", scan, "-m", model, "-o", out, "--overwrite", "--no-qc").code == 0
+    assert not picture.is_symlink()
+
+
+def test_a_scan_that_is_replaced_by_a_larger_one_before_it_is_read_ahead(
+    data: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its turn to be read came with the memory for the smaller one."""
+    first, second = data / "sub-0_T1w.nii.gz", data / "sub-1_T1w.nii.gz"
+    large = write_scan(tmp_path / "large.nii.gz", head_image((96, 96, 96)))
+    real = many.open_scan
+
+    def replacing(path: Path) -> Scan:
+        scan = real(path)
+        if path == second:
+            os.replace(large, path)
+        return scan
+
+    with open_segmenter(model, Options(backend="openvino", precision="fp32", cache_dir=None)) as segmenter:
+        plans = [segmenter.plan(open_scan(path)) for path in (first, second)]
+        room = segmenter.plan(open_scan(large)).ahead - 1
+    monkeypatch.setattr(many, "open_scan", replacing)
+    monkeypatch.setattr(many.Batch, "_planned", lambda self, total, last: ahead(self, room))
+
+    def ahead(batch: Any, room: float) -> None:
+        batch._ahead = batch._pool.submit(batch._take, room)
+
+    assert max(plan.ahead for plan in plans) < room
+    ran = cli("segment", first, second, "-m", model, "-o", tmp_path / "out")
+    assert ran.code == 2
+    (line,) = lines(ran, "took its place")
+    assert line == f"edgemuse: {second}: a larger scan took its place since it was looked at; segment it again"
+    monkeypatch.undo()
+    assert cli("segment", first, second, "-m", model, "-o", tmp_path / "out").code == 0
 
 
 KILLED = """

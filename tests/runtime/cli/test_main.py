@@ -315,6 +315,22 @@ atexit.register(lambda: print("heavy:", sorted({"numpy", "scipy", "nibabel", "op
     assert ran.out.splitlines()[-1] == "heavy: []"
 
 
+@pytest.mark.parametrize("asked", ["", "default"])
+def test_warnings_of_libraries_are_shown_only_when_python_is_told_to(
+    asked: str, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prelude = """
+import atexit, logging, warnings
+logging.basicConfig()  # as some libraries do
+atexit.register(lambda: warnings.warn("something changes in the next version", UserWarning))
+"""
+    monkeypatch.setenv("PYTHONWARNINGS", asked)
+    ran = run_process("--version", cache_dir=cache_dir, prelude=prelude)
+    assert ran.code == 0
+    assert ("something changes" in ran.err) == bool(asked)
+    assert asked or not ran.err
+
+
 def test_module_and_console_script_are_the_same(cli: CommandLine) -> None:
     for command in ([sys.executable, "-m", "edgemuse.runtime.cli"], [str(Path(sys.executable).with_name("edgemuse"))]):
         if not Path(command[0]).exists():

@@ -154,11 +154,57 @@ def test_label_map_lies_on_the_grid_of_the_scan(
     assert b"somebody" not in gzip.decompress(content)
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_of_the_scans_header_only_the_grid_reaches_the_label_map(kind: type, tmp_path: Path) -> None:
+    """Whatever else a header holds, and in whichever byte order, the label map is the same."""
+    maps = []
+    for endianness in "<>":
+        for says in (False, True):
+            image = kind(head_image(), AFFINE, kind.header_class(endianness=endianness))
+            image.header.set_qform(AFFINE, 3)
+            image.header.set_sform(AFFINE, 4)
+            image.header["xyzt_units"] = 2 | 8 * says
+            for field in image.header.keys() if says else ():
+                if field not in GRID:
+                    fill(image.header, field)
+            path = tmp_path / f"{endianness == '<'}_{says}.nii"
+            path.write_bytes(image.header.binaryblock + bytes(4) + head_image().tobytes(order="F"))
+            maps.append(gzip.decompress(nifti_bytes(np.ones((24, 28, 20), np.uint8), open_scan(path))))
+    assert len(set(maps)) == 1
+    assert b"somebody" not in maps[0]
+
+
+GRID = {
+    "sizeof_hdr", "magic", "eol_check", "dim", "datatype", "bitpix", "vox_offset", "pixdim", "xyzt_units",
+    "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "sform_code", "srow_x", "srow_y", "srow_z",
+}  # fmt: skip
+
+
+def fill(header: Any, field: str) -> None:
+    """Put something into a field."""
+    if header[field].dtype.kind == "S":
+        header[field] = b"somebody"[: header[field].dtype.itemsize]
+    else:
+        header[field] = 1 if field == "intent_code" else 7
+
+
+def test_unset_forms_of_a_scan_do_not_reach_the_label_map(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(head_image(), AFFINE)
+    image.header.set_sform(AFFINE, 1)
+    image.header["qform_code"], image.header["quatern_b"], image.header["qoffset_x"] = 0, 0.25, 99
+    image.header["xyzt_units"] = 7  # no unit of length
+    (tmp_path / "a.nii").write_bytes(image.header.binaryblock + bytes(4) + head_image().tobytes(order="F"))
+    content = gzip.decompress(nifti_bytes(np.ones((24, 28, 20), np.uint8), open_scan(tmp_path / "a.nii")))
+    found = nib.Nifti1Image.from_bytes(content).header
+    assert (found["quatern_b"], found["qoffset_x"], found["xyzt_units"]) == (0, 0, 0)
+
+
 def test_scan_is_not_changed_by_its_label_map(tmp_path: Path) -> None:
     scan = open_scan(write_scan(tmp_path / "scan.nii"))
-    before = scan.nifti.header.binaryblock
+    before = scan.header.binaryblock
     nifti_bytes(np.zeros(scan.shape, np.uint8), scan)
-    assert scan.nifti.header.binaryblock == before
+    assert scan.header.binaryblock == before
 
 
 def test_label_map_is_the_same_bytes_each_time(tmp_path: Path) -> None:

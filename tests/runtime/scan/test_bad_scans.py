@@ -6,6 +6,7 @@ Scans that merely look odd and can be segmented are here too.
 from __future__ import annotations
 
 import gzip
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from nibabel.nifti1 import header_dtype
 from edgemuse.engines.errors import InputError
 from edgemuse.engines.hardware import peak_memory
 from edgemuse.runtime.results.files import nifti_bytes
-from edgemuse.runtime.scan.nifti import open_scan, read_image
+from edgemuse.runtime.scan.nifti import read_image, reading
 
 HEADER = 348
 RESULTS = {f"sub-01_{name}" for name in ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", "provenance.json", "qc.png")}
@@ -106,6 +107,24 @@ def flipped_bit(folder: Path) -> Path:
     return content_case("bad.nii.gz", bytes(raw))(folder)
 
 
+def followed(more: bytes) -> Callable[[Path], Path]:
+    """A compressed file that something follows."""
+
+    def build(folder: Path) -> Path:
+        path = write_scan(folder / "scan.nii.gz")
+        path.write_bytes(path.read_bytes() + more)
+        return path
+
+    return build
+
+
+def pipe(folder: Path) -> Path:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes with names")
+    os.mkfifo(folder / "bad.nii")
+    return folder / "bad.nii"
+
+
 def damaged_deflate(folder: Path) -> Path:
     """A deflated stream that goes wrong in its middle, long before its checksum."""
     path = write_scan(folder / "bad.nii.gz")
@@ -149,6 +168,9 @@ BAD = {
     "cut .nii.gz": (cut("bad.nii.gz", 0.5), "cut off or damaged"),
     "cut .nii": (cut("bad.nii", 0.5), "cut off or damaged"),
     "cut header": (content_case("bad.nii", bytes(100)), "not a readable NIfTI"),
+    "cut NIfTI-2 header": (content_case("bad.nii", nib.Nifti2Header().binaryblock[:500]), "not a readable NIfTI"),
+    "second member cut": (lambda folder: followed(gzip.compress(NOISE)[:-9])(folder), "cut off or damaged"),
+    "pipe": (pipe, "a pipe or a device"),
     "checksum cut off": (lambda folder: cut("bad.nii.gz", 0.9995)(folder), "cut off or damaged"),
     "flipped bit": (flipped_bit, "damaged"),
     "damaged deflate": (damaged_deflate, "damaged"),
@@ -156,13 +178,15 @@ BAD = {
     "gzip named .nii": (renamed("x.nii.gz", "bad.nii"), "should end in .nii.gz"),
     "random bytes": (content_case("bad.nii", NOISE), "not a readable NIfTI"),
     "random bytes in gzip": (content_case("bad.nii.gz", gzip.compress(NOISE)), "not a readable NIfTI"),
-    "broken gzip": (content_case("bad.nii.gz", b"\x1f\x8b" + NOISE), "not a readable NIfTI"),
+    "broken gzip": (content_case("bad.nii.gz", b"\x1f\x8b" + NOISE), "damaged"),
     "text": (content_case("bad.nii", b"subject,age\n01,64\n" * 40), "not a readable NIfTI"),
     "png": (content_case("bad.nii", PNG), "not a readable NIfTI"),
     "dicom": (content_case("bad.dcm", bytes(128) + b"DICM"), "dcm2niix"),
     "mgh": (content_case("bad.mgz", gzip.compress(NOISE)), "reads NIfTI"),
     "no suffix": (content_case("bad", NOISE), "reads NIfTI"),
     "series": (voxel_case(lambda: np.stack([head_image()] * 3, axis=-1)), "a series of shape"),
+    "slices in time": (voxel_case(lambda: head_image()[:, :, None, :]), "slices that lost their places; convert"),
+    "slices in the fifth dimension": (voxel_case(lambda: head_image()[:, :, None, None, :]), "lost their places"),
     "vectors": (voxel_case(lambda: np.stack([head_image()] * 3, axis=-1)[:, :, :, None]), "a series of shape"),
     "color": (voxel_case(color_image), "RGB"),
     "complex": (voxel_case(lambda: head_image().astype(np.complex64)), "complex"),
@@ -170,6 +194,8 @@ BAD = {
     "two dimensions": (voxel_case(lambda: head_image((24, 28, 20))[:, :, 9]), "not a volume"),
     "NaN": (voxel_case(lambda: with_voxel(np.nan)), "1 voxels are NaN or infinite"),
     "infinity": (voxel_case(lambda: with_voxel(np.inf)), "1 voxels are NaN or infinite"),
+    "more than can be squared": (voxel_case(lambda: head_image() * np.float32(1e17)), "cannot be normalised; mend"),
+    "less than can be told apart": (voxel_case(lambda: head_image() * np.float32(1e-13)), "to 8.25e-11, which cannot"),
     "beyond float32": (voxel_case(lambda: head_image() * 1e300), "NaN or infinite"),
     "slope of infinity": (header_case("scl_slope", None, 3e38), "NaN or infinite"),
     "all zero": (voxel_case(lambda: np.zeros((16, 16, 16), np.int16)), "every voxel is 0"),
@@ -185,7 +211,7 @@ BAD = {
     "singular sform": (header_case("srow_x", None, 0), "singular"),
     "NaN sform": (header_case("srow_x", 0, np.nan), "singular"),
     "infinite sform": (header_case("srow_y", 3, np.inf), "singular"),
-    "invalid quaternion": (header_case("quatern_b", None, 2, sform=0), "w2 should be positive"),
+    "invalid quaternion": (header_case("quatern_b", None, 2, sform=0), "the qform is not valid (w2 should be positive"),
     "invalid quaternion beside sform": (header_case("quatern_b", None, 2), "the qform is not valid"),
     "NaN quaternion": (header_case("quatern_b", None, np.nan, sform=0), "singular"),
     "NaN quaternion beside sform": (header_case("quatern_b", None, np.nan), "the qform is not valid"),
@@ -198,7 +224,10 @@ BAD = {
     "no voxels": (header_case("dim", 2, 0), "not a volume"),
     "nine dimensions": (header_case("dim", 0, 9), "not a readable NIfTI"),
     "unknown voxel type": (header_case("datatype", None, 77), "not a readable NIfTI"),
-    "offset beyond the end": (header_case("vox_offset", None, 1e9), "cut off or damaged"),
+    "header of a pair": (header_case("magic", None, b"ni1"), "give it its name back and convert the pair"),
+    "CIFTI": (header_case("intent_code", None, 3006), "CIFTI, values on surfaces"),
+    "invalid scaling": (header_case("scl_inter", None, np.inf), "not a readable NIfTI"),
+    "offset beyond the end": (header_case("vox_offset", None, 1e9), "(vox_offset), more than any header takes"),
     "infinite offset": (header_case("vox_offset", None, np.inf), "not a readable NIfTI"),
     "NaN offset": (header_case("vox_offset", None, np.nan), "not a readable NIfTI"),
 }
@@ -256,6 +285,9 @@ ODD: dict[str, Callable[[Path], Path]] = {
     "two slices": voxel_case(lambda: head_image((24, 28, 20))[:, :, 9:11]),
     "fine and coarse": lambda folder: write_scan(folder / "odd.nii", spacing=(0.5, 0.5, 6.0)),
     "extra bytes at the end": longer,
+    "zeros behind the compressed content": followed(bytes(70_000)),
+    "garbage behind the compressed content": followed(b"# end of file"),
+    "another member behind the compressed content": followed(gzip.compress(NOISE)),
     "big-endian": big_endian,
     "NIfTI-2": second_version,
     **{f"type {dtype}": of_type(dtype) for dtype in ("i1", "u1", "u2", "i4", "u4", "i8", "f4", "f8")},
@@ -389,10 +421,10 @@ def test_damaged_headers_raise_input_error_or_are_read(suffix: str, tmp_path: Pa
 
 def outcome(path: Path) -> str:
     try:
-        scan = open_scan(path)
-        if np.prod(scan.shape, dtype=object) > 10_000_000:
-            return "refused"  # by the memory plan, before anything is read
-        image = read_image(scan)
+        with reading(path) as (scan, source):
+            if np.prod(scan.shape, dtype=object) > 10_000_000:
+                return "refused"  # by the memory plan, before anything is read
+            image, _ = read_image(scan, source)
     except InputError as error:
         return "refused" if str(error).startswith(f"{path}: ") and "\n" not in str(error) else str(error)
     assert image.shape == scan.shape
