@@ -27,7 +27,7 @@ def place_new(source: Path, target: Path) -> None:
         os.rename(source, target)  # which replaces nothing there
         return
     try:
-        os.link(source, target, follow_symlinks=False)
+        os.link(source, target)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise

@@ -21,6 +21,8 @@ PACKAGES = ("edgemuse", "openvino", "onnxruntime", "numpy", "scipy", "nibabel", 
 CONTEXT = ("commit", "machine", "cpu_flags", "versions", "threads", "bundle_sha256")
 """What all rows of one report have in common: figures that differ in it must not be put side by side as one."""
 KINDS = ("run", "batch", "accuracy", "installed", "scaling", "mlperf")
+WRITTEN = ("report.html", "report.md", "figures")
+"""What is made of the rows when all are there, and then replaced."""
 REQUIRED = ("kind", "system", *CONTEXT)
 
 
@@ -120,6 +122,9 @@ class Results:
             self.rows = read_rows(folder) if (folder / NAME).exists() else []
         except OSError as error:
             raise OutputError(f"{folder}: cannot write there ({error.strerror})") from error
+        for name in WRITTEN if not self.rows else ():
+            if os.path.lexists(folder / name):
+                raise OutputError(f"{folder / name} is not of a report of 'edgemuse bench'; choose another folder")
         for row in self.rows:
             changed = [key for key in CONTEXT if row[key] != shared[key]]
             if changed:
