@@ -23,10 +23,9 @@ from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.folders import default_cache_dir
 from edgemuse.runtime.model.precision import may_choose
 from edgemuse.runtime.model.store import find_model
-from edgemuse.runtime.model.tuned import Timing, Tuned, tuned_path
+from edgemuse.runtime.model.tuned import Timing, Tuned, keep
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.pipeline.segmenter import Segmenter
-from edgemuse.runtime.results.files import write_file
 
 Measure = Callable[[Bundle, Options, Path], float]
 """Segments a scan once and returns the seconds that it took."""
@@ -66,7 +65,7 @@ def tune(bundle: Path | None, data: Path, model_dir: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="edgemuse-") as folder:
         for role, network, scan in _networks(opened, scans[0], Path(folder), progress):
             tuned = measure_all(network, scan, lambda line, role=role: progress(role + line), seconds_of)  # type: ignore[misc]
-            _keep(network, tuned)
+            keep(default_cache_dir(), network.sha256, tuned)
             click.echo("\n".join(role + line for line in tuned_lines(tuned)))
 
 
@@ -80,12 +79,6 @@ def _networks(
     inputs = stage_inputs(model, [scan], folder, progress)
     for role, bundle in model.bundles.items():
         yield f"{role}: ", bundle, inputs[role][0].path
-
-
-def _keep(bundle: Bundle, tuned: Tuned) -> None:
-    folder = default_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(tuned_path(folder, bundle.sha256), tuned.to_json().encode())
 
 
 def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], measure: Measure) -> Tuned:

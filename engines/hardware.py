@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -11,12 +12,8 @@ from pathlib import Path
 
 import psutil
 
-CGROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""For each version of cgroups: its folder, the files that hold the limit and the usage, and the entry of `memory.stat`
-that counts page cache, which the kernel gives back when memory is short."""
+from edgemuse.engines import cgroups
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """The names of those options in glibc's malloc.h."""
 LARGE = 4 << 20
@@ -34,22 +31,38 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
+def cpu_cores(root: Path = cgroups.ROOT) -> int:
+    """Cores that this process may use, no more than its groups get the time of; `root` is the file system's."""
+    return min(_visible_cores(), _quota(root) or sys.maxsize)
+
+
+def engine_threads(asked: int | None, root: Path = cgroups.ROOT) -> int | None:
+    """Threads for a backend that was `asked` to use so many; None lets it use every core that it sees.
+
+    Backends see cores, not what time the process gets on them: threads beyond that would wait for one another.
+    """
+    quota = _quota(root)
+    return quota if asked is None and quota is not None and quota < _visible_cores() else asked
+
+
+def _visible_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, within the container's limit if there is one."""
-    free = int(psutil.virtual_memory().available)
-    for folder, limit, used, cache in CGROUPS:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(statistics[cache])
-            free = min(free, int((folder / limit).read_text()) - taken)
-    return max(free, 0)
+def _quota(root: Path) -> int | None:
+    share = cgroups.cores(root)
+    return None if share is None else max(math.ceil(share), 1)
+
+
+def available_memory(root: Path = cgroups.ROOT) -> int:
+    """Bytes that can be taken without swapping, within what a container or a batch system allows.
+
+    `root` is the root of the file system.
+    """
+    free, allowed = int(psutil.virtual_memory().available), cgroups.free_memory(root)
+    return free if allowed is None else min(free, allowed)
 
 
 def resident_memory() -> int:

@@ -13,6 +13,7 @@ from edgemuse.engines.errors import BackendError
 from edgemuse.engines.hardware import cpu_name
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
+ort.disable_telemetry_events()  # of a process that imported it before edgemuse, and of its builds for Windows
 PROVIDERS = {"CPU": "CPUExecutionProvider"}
 PRECISIONS = ["fp32", "fp16", "int8"]
 """The precisions of the CPU provider. It has no fp16 convolution: it computes in fp32 and rounds, which is correct but

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgemuse.engines import cache
 from edgemuse.engines.errors import BackendError, one_line, pip_install
+from edgemuse.engines.hardware import engine_threads
 from edgemuse.engines.protocol import Engine, EngineOptions, TileShape
 
 log = logging.getLogger("edgemuse")
@@ -104,7 +105,8 @@ def _fit(status: Status, options: EngineOptions) -> tuple[EngineOptions | None, 
     precision = "fp32" if options.precision == "auto" else options.precision
     if precision not in status.devices[device]:
         return None, f"{name}: no {precision} on this {device}, only {', '.join(status.devices[device])}"
-    return replace(options, backend=name, device=device, precision=precision), ""
+    threads = engine_threads(options.threads)
+    return replace(options, backend=name, device=device, precision=precision, threads=threads), ""
 
 
 def open_engine(graph: bytes, shape: TileShape, options: EngineOptions) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemuse.engines.errors import OutputError
+from edgemuse.engines.files import discard_old
 from edgemuse.runtime.cli.extras import needs_extra
 from edgemuse.runtime.cli.options import model_dir_option
 
@@ -84,13 +86,14 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
 def _make(remotes: Sequence[Remote], place: Path) -> None:
     """Make the bundle at `place`; only one process at a time does so."""
     from edgemuse.runtime.batch.claim import Claim
-    from edgemuse.runtime.model.store import free_place
+    from edgemuse.runtime.model.store import LEFT, free_place
 
     claim = Claim(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not claim.acquire():
             raise OutputError(f"{place}: another 'edgemuse models fetch' is getting it; wait until that is done")
+        discard_old(place.parent, LEFT)
         free_place(place.stem, place.parent)  # again: another process may have just made it
         _download_and_join(remotes, place)
     except OSError as error:
@@ -106,6 +109,7 @@ def _download_and_join(remotes: Sequence[Remote], place: Path) -> None:
 
     downloads = place.with_name(f".{place.stem}.download")
     downloads.mkdir(exist_ok=True)
+    discard_old(downloads, re.compile("tmp[a-z0-9_]{8}"))  # `work` of a run that was killed
     with tempfile.TemporaryDirectory(dir=downloads) as work:
         folders = [hub.download(remote, downloads / _short(remote)) for remote in remotes]
         mask = _export(DLICV, remotes[0], folders[0], Path(work), None)

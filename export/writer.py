@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemuse.engines.errors import OutputError
+from edgemuse.engines.files import place_new, sync
 from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle, Head
@@ -96,7 +97,12 @@ def _write_whole(output: Path, whole: Mapping[str, bytes]) -> Path:
     check_output(output)
     with _staged(output, whole, zipped=output.suffix.lower() == ".zip") as staged:
         check_output(output)
-        staged.rename(output)
+        if staged.is_file():
+            sync(staged)
+            place_new(staged, output)
+        else:
+            staged.rename(output)  # which replaces no folder but an empty one
+        sync(output.parent)
     return output
 
 

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgemuse.engines.privacy import switch_off
+
 if TYPE_CHECKING:
     from edgemuse.runtime.pipeline.open import open_segmenter, segment
     from edgemuse.runtime.pipeline.options import Options
 
 __all__ = ["Options", "open_segmenter", "segment"]
+
+switch_off()
 
 
 def __getattr__(name: str) -> Any:

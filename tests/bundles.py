@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage
 
+from edgemuse.engines.private import NAME as PRIVATE
+from edgemuse.engines.private import TAG
 from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.model.bundle import file_entry, open_bundle
@@ -281,7 +283,7 @@ class CommandLine:
     def __call__(self, *arguments: object) -> Ran:
         """Run `edgemuse ARGUMENTS`."""
         loggers = [logging.getLogger(name) for name in ("edgemuse", "nibabel.global")]
-        before = [(logger.level, logger.handlers) for logger in loggers]
+        before = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
         argv = ["edgemuse", *map(str, arguments)]
         self.capfd.readouterr()
         with (
@@ -289,9 +291,9 @@ class CommandLine:
             mock.patch.object(sys, "argv", argv),
         ):
             code = _exit_code(main)
-        for logger, (level, handlers) in zip(loggers, before, strict=True):
+        for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
             logger.setLevel(level)
-            logger.handlers = handlers
+            logger.handlers, logger.propagate = handlers, propagate
         return ran(code, *self.capfd.readouterr())
 
 
@@ -316,6 +318,12 @@ def run_process(*arguments: object, cache_dir: Path, prelude: str = "", timeout:
         check=False,
     )
     return ran(done.returncode, done.stdout, done.stderr)
+
+
+def cached(folder: Path, suffix: str = "") -> list[Path]:
+    """What is kept in a cache in `folder`, without the tag that says that it is one; sorted."""
+    places = (folder / PRIVATE).iterdir() if (folder / PRIVATE).exists() else ()
+    return sorted(path for path in places if path.name != TAG and path.name.endswith(suffix))
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -24,6 +24,8 @@ PACKAGES = ("edgemuse", "openvino", "onnxruntime", "numpy", "scipy", "nibabel", 
 CONTEXT = ("commit", "machine", "cpu_flags", "versions", "threads", "bundle_sha256")
 """Fields that are the same in all rows of a report; figures that differ in them are not compared as one."""
 KINDS = ("run", "batch", "accuracy", "installed", "scaling", "mlperf")
+WRITTEN = ("report.html", "report.md", "figures")
+"""What is made of the rows when all are there, and then replaced."""
 REQUIRED = ("kind", "system", *CONTEXT)
 
 
@@ -133,6 +135,9 @@ class Results:
             self.rows = read_rows(folder) if (folder / NAME).exists() else []
         except OSError as error:
             raise OutputError(f"{folder}: cannot write there ({error.strerror})") from error
+        for name in WRITTEN if not self.rows else ():
+            if os.path.lexists(folder / name):
+                raise OutputError(f"{folder / name} is not of a report of 'edgemuse bench'; choose another folder")
         for row in self.rows:
             changed = [key for key in CONTEXT if row[key] != shared[key]]
             if changed:

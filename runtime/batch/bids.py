@@ -7,9 +7,11 @@ legend and volumes, and `sub-01/figures/sub-01_ses-1_seg-MODEL_qc.png`.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from edgemuse.runtime.batch.jobs import Job, distinct
 from edgemuse.runtime.regions.labels import table
 from edgemuse.runtime.results import files as outputs
 from edgemuse.runtime.scan import foreign
-from edgemuse.runtime.scan.nifti import SUFFIXES, scan_stem
+from edgemuse.runtime.scan.nifti import SUFFIXES, file_sha256, scan_stem
 from edgemuse.runtime.scan.stand_in import stand_in
 
 VERSION = "1.11.1"
@@ -27,6 +29,8 @@ DESCRIPTION = "dataset_description.json"
 T1 = "_T1w"
 NONE = "n/a"
 """How BIDS writes that there is no value."""
+GROUP_RECORD = ".edgemuse.json"
+"""In it stand the SHA-256 of the merged tables, by their names."""
 IGNORED = ("figures", "*_volumes.tsv", f"*_{outputs.DLMUSE_CSV}")
 """What BIDS has no names for yet; for `.bidsignore`."""
 
@@ -99,13 +103,20 @@ def start_dataset(dataset: Path, output: Path) -> None:
     """Make `output` a derivative dataset of `dataset`, unless it is one; raises OutputError if it is something else."""
     outputs.prepare_folder(output)
     path = output / DESCRIPTION
-    if path.exists():
+    if not _written(path, json.dumps(_description(dataset), indent=2) + "\n"):
         _check_ours(path)
-    else:
-        outputs.write_file(path, (json.dumps(_description(dataset), indent=2) + "\n").encode())
-    ignore = output / ".bidsignore"
-    if not ignore.exists():
-        outputs.write_file(ignore, "".join(f"{pattern}\n" for pattern in IGNORED).encode())
+    _written(output / ".bidsignore", "".join(f"{pattern}\n" for pattern in IGNORED))
+
+
+def _written(path: Path, text: str) -> bool:
+    """Write a file where none is; whether there was none, neither before nor by another process meanwhile."""
+    if os.path.lexists(path):
+        return False
+    try:
+        outputs.write_files({path: text.encode()}, new=[path])
+    except outputs.Appeared:
+        return False
+    return True
 
 
 def _check_ours(path: Path) -> None:
@@ -129,10 +140,17 @@ def _description(dataset: Path) -> dict[str, Any]:
     }
 
 
-def merge_tables(output: Path, participants: Sequence[str], sessions: Sequence[str] = ()) -> list[Path]:
+def merge_tables(
+    output: Path, participants: Sequence[str], sessions: Sequence[str] = (), overwrite: bool = False
+) -> list[Path]:
     """Put the volume tables of all scans in `output`, or of these participants and sessions, into one a model.
 
-    Returns their paths. Raises InputError where there is no table or one is not like the others.
+    Returns their paths.
+
+    Raises:
+        InputError: there is no table, or one is not like the others.
+        OutputError: a merged table cannot be written, or is there, is not as it was written here and `overwrite` does
+            not say to replace it.
     """
     if not (output / DESCRIPTION).exists():
         raise _nothing(output)
@@ -151,9 +169,31 @@ def merge_tables(output: Path, participants: Sequence[str], sessions: Sequence[s
             merged[output / f"group_seg-{label}_{name}"] = table(delimiter, header + next(rows), rows).encode()
     if not merged:
         raise _nothing(output)
-    for path, text in merged.items():
-        outputs.write_file(path, text)
+    _write_merged(output, merged, overwrite)
     return list(merged)
+
+
+def _write_merged(output: Path, merged: Mapping[Path, bytes], overwrite: bool) -> None:
+    """Write the tables. Their hashes are noted before: by these they are known when they are to be replaced."""
+    record = outputs.read_record(output / GROUP_RECORD).get("files")
+    known: dict[str, Any] = dict(record) if isinstance(record, dict) else {}
+    there = {path: _hash(path) for path in merged if os.path.lexists(path)}
+    for path, found in there.items() if not overwrite else ():
+        if found is None or found not in known.get(path.name, ()):
+            raise OutputError(
+                f"{path} exists and is not as 'edgemuse bids' wrote it; move it away, or replace it with --overwrite"
+            )
+    for path, text in merged.items():  # that of the table that is there too: this process may be killed in between
+        before = [there[path]] if path in there and not overwrite else []
+        known[path.name] = [*before, hashlib.sha256(text).hexdigest()]
+    note = (json.dumps({"files": known}, indent=2) + "\n").encode()
+    new = () if overwrite else [path for path in merged if path not in there]
+    outputs.write_files({output / GROUP_RECORD: note, **merged}, new=new)
+
+
+def _hash(path: Path) -> str | None:
+    """SHA-256 of a plain file; None: it is something else."""
+    return file_sha256(path) if path.is_file() and not path.is_symlink() else None
 
 
 def _nothing(output: Path) -> InputError:

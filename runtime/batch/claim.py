@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import sys
 from pathlib import Path
+
+from edgemuse.engines.errors import OutputError
 
 if sys.platform == "win32":
     import msvcrt
@@ -37,9 +40,14 @@ class Claim:
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        """Whether no other process has it; raises OSError where the file cannot be made."""
+        """Whether no other process has it.
+
+        Raises:
+            OSError: the file cannot be made.
+            OutputError: something else is in its place.
+        """
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = self._open()
             try:
                 _lock(descriptor)
                 self.exclusive = True
@@ -52,6 +60,21 @@ class Claim:
             if sys.platform == "win32" or os.fstat(descriptor).st_nlink:
                 return True
             self.release()  # its last holder removed the file after it was opened here
+
+    def _open(self) -> int:
+        """A descriptor of the file, made if it is not there. What lies behind a link is neither made nor opened."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = -1 if self.path.is_symlink() else os.open(self.path, flags, 0o666)
+        except OSError:
+            if not self.path.is_symlink():
+                raise
+            descriptor = -1
+        if descriptor >= 0 and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise OutputError(f"{self.path} is a link or another thing that is no lock of edgemuse; remove it")
 
     def release(self) -> None:
         """Let others have it; a second time does nothing."""

@@ -28,7 +28,7 @@ from edgemuse.runtime.pipeline.loading import Loaded
 from edgemuse.runtime.pipeline.options import Options, Progress
 from edgemuse.runtime.pipeline.result import Pipeline
 from edgemuse.runtime.pipeline.write import write
-from edgemuse.runtime.results.files import PROVENANCE, discard_parts, present, read_record
+from edgemuse.runtime.results.files import PROVENANCE, discard_parts, free, present, read_record
 from edgemuse.runtime.scan import foreign
 from edgemuse.runtime.scan.nifti import file_sha256, open_scan
 from edgemuse.runtime.scan.stand_in import stand_in
@@ -77,12 +77,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Taken:
-    """A scan that this process has claimed; `loaded` None: still to be read. `error`: why it cannot be done."""
+    """A scan that this process has claimed; `loaded` None: still to be read. `error`: why it cannot be done.
+
+    `new`: those of its outputs where nothing is, and where nothing may be replaced.
+    """
 
     job: Job
     claim: Claim
     loaded: Loaded | None = None
     error: Exception | None = None
+    new: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,9 @@ class Batch:
                 else:
                     if claim.exclusive:
                         discard_parts(job.outputs.values())
-                    return Taken(job, claim, self.segmenter.prepare(job.scan, room) if plan.ahead <= room else None)
+                    new = free(job.outputs) if claim.exclusive and not self.overwrite else frozenset()
+                    loaded = self.segmenter.prepare(job.scan, room) if plan.ahead <= room else None
+                    return Taken(job, claim, loaded, new=new)
             except Exception as error:  # raised again where it is reported
                 return Taken(job, claim, error=error)
         return None
@@ -193,7 +199,7 @@ class Batch:
             loaded = taken.loaded or self.segmenter.prepare(job.scan)
             result = self.segmenter.finish(loaded, progress, self._planned)
         self._settle()
-        work = partial(write, result, job.outputs, self.with_picture, job.notes)
+        work = partial(write, result, job.outputs, self.with_picture, job.notes, taken.new)
         self._writing = Writing(job, taken.claim, loaded.memory.behind, self._pool.submit(work))
 
     def _planned(self, total: int, last: bool) -> None:

@@ -66,7 +66,8 @@ def bids(
     where MODEL is the model's name, and with DLMUSE its table of volumes. OUTPUT_DIR becomes a BIDS derivative dataset.
     What is done already is skipped, and several processes may work at once, as with 'segment'.
 
-    group: the tables of volumes in OUTPUT_DIR are merged into one, group_seg-MODEL_volumes.tsv.
+    group: the tables of volumes in OUTPUT_DIR are merged into one, group_seg-MODEL_volumes.tsv. One of that name that
+    was made or changed by hand is replaced with --overwrite alone.
 
     \b
     Example:
@@ -78,7 +79,7 @@ def bids(
 
         if options["scheduler"] or options["shard"] != (1, 1):
             raise click.UsageError("--scheduler and --shard are for participant; group is one short step.")
-        click.echo("\n".join(map(str, merge_tables(output, participants, sessions))))
+        click.echo("\n".join(map(str, merge_tables(output, participants, sessions, options["overwrite"]))))
         return
 
     def find(opened: Bundle | Cascade) -> list[Job]:

@@ -36,7 +36,7 @@ def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]
               help="Build with TensorRT-RTX for GPUs of this compute capability; none needs to be here. Give it again "
               "for more.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Folder for the engines.  [default: this machine's cache]")  # fmt: skip
+              help="Folder for the engines, which go into a sub-folder.  [default: this machine's cache]")  # fmt: skip
 @model_dir_option
 def build(
     model: Path | None,
@@ -52,9 +52,9 @@ def build(
 
     BUNDLE may be a name that 'models list' shows, and a cascade such as DLMUSE, of which both networks are built.
 
-    An engine is found again by the hash of its graph, the backend's version, the device and the shape of a tile. Those
-    for other machines are copied into the folder that EDGEMUSE_CACHE_DIR names there; edgemuse and TensorRT-RTX must
-    have the same versions there as here.
+    An engine is found again by the hash of its graph, the backend's version, the device and the shape of a tile. For
+    another machine, copy DIR there with all that is in it and name it in EDGEMUSE_CACHE_DIR; it must belong to the user
+    there and nobody else may write to it. edgemuse and TensorRT-RTX must have the same versions there as here.
 
     Prints the path, what it is for, size and seconds of each engine, and of a cascade the network, mask or regions.
     One that cannot be built does not stop the others.

@@ -13,8 +13,9 @@ from edgemuse.runtime.cli.screen import progress, show_log
 @click.command(short_help="Segment a sample scan that comes with edgemuse.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("edgemuse-demo"), show_default=True,
               help="Folder for the results; those of an earlier demo are replaced.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace files that have the names of results, whoever made them.")
 @threads_option
-def demo(output: Path, threads: int | None) -> None:
+def demo(output: Path, overwrite: bool, threads: int | None) -> None:
     """Segment a sample scan that comes with edgemuse, and compare the result with the truth.
 
     The scan is synthetic, so its true labels are known. Prints the Dice, the volumes and the seconds, and writes the
@@ -25,7 +26,7 @@ def demo(output: Path, threads: int | None) -> None:
     from edgemuse.runtime.cli.sample import run
 
     with progress("sample") as advance:
-        report, paths = run(output, threads, advance)
+        report, paths = run(output, threads, advance, overwrite)
     click.echo(report, err=True)
     for path in paths:
         click.echo(path)

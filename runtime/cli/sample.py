@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from edgemuse.engines.errors import OutputError
 from edgemuse.runtime.model.builtin import BUILT_IN, SAMPLE_SCAN, SAMPLE_TRUTH
 from edgemuse.runtime.model.bundle import open_bundle
 from edgemuse.runtime.pipeline.options import Options
@@ -15,7 +16,7 @@ from edgemuse.runtime.pipeline.segmenter import Segmenter
 from edgemuse.runtime.pipeline.write import write
 from edgemuse.runtime.regions.agreement import dice
 from edgemuse.runtime.regions.labels import to_indices
-from edgemuse.runtime.results.files import output_paths, prepare_folder
+from edgemuse.runtime.results.files import free, not_ours, output_paths, prepare_folder
 from edgemuse.runtime.scan.geometry import voxel_mm3
 from edgemuse.runtime.scan.nifti import read_scan, scan_stem
 from edgemuse.runtime.scan.types import Labels
@@ -35,16 +36,35 @@ SHOWN = {
 """Structures of the report, with FreeSurfer's numbers."""
 
 
-def run(output: Path, threads: int | None, progress: Callable[[int, int], None]) -> tuple[str, list[Path]]:
-    """Segment the sample into `output`; returns the report and the paths written."""
+def run(
+    output: Path, threads: int | None, progress: Callable[[int, int], None], overwrite: bool = False
+) -> tuple[str, list[Path]]:
+    """Segment the sample into `output`; returns the report and the paths written.
+
+    Raises OutputError where there is a file that edgemuse did not write, unless `overwrite` says to replace it.
+    """
     bundle = open_bundle(BUILT_IN)
     prepare_folder(output)
+    places = output_paths(output, scan_stem(SAMPLE_SCAN))
+    if not overwrite:
+        _check_ours(places)
+    new = frozenset() if overwrite else free(places)
     with Segmenter(bundle, Options(threads=threads)) as segmenter:
         segmentation = segmenter.segment(SAMPLE_SCAN, progress)
-    paths = write(segmentation, output_paths(output, scan_stem(SAMPLE_SCAN)))
+    paths = write(segmentation, places, new=new)
     found = to_indices(segmentation.classes, bundle.manifest.labels)
     truth = read_scan(SAMPLE_TRUTH)[1].astype(found.dtype)
     return report(segmentation, found, truth), paths
+
+
+def _check_ours(places: Mapping[str, Path]) -> None:
+    """Raise OutputError where something is that no demo wrote, or that was changed since."""
+    other = not_ours(places)
+    if other is not None:
+        raise OutputError(
+            f"{other} exists and is not as an earlier demo wrote it; choose another folder with --output, or replace "
+            "it with --overwrite"
+        )
 
 
 def report(segmentation: Segmentation, found: Labels, truth: Labels) -> str:

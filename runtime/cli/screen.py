@@ -70,6 +70,7 @@ def show_log(verbose: bool, about: Callable[[], str] = str) -> None:
     logger = logging.getLogger("edgemuse")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False  # a library that sets up the root logger would say every line again
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong with a header, edgemuse says
 
 

@@ -9,9 +9,8 @@ import platformdirs
 
 
 def default_cache_dir() -> Path:
-    """Where compiled engines are kept: `EDGEMUSE_CACHE_DIR`, or the user's cache directory."""
-    folder = os.environ.get("EDGEMUSE_CACHE_DIR")
-    return Path(folder) if folder else Path(platformdirs.user_cache_dir("edgemuse", appauthor=False)) / "engines"
+    """In whose sub-folder compiled engines are kept: `EDGEMUSE_CACHE_DIR`, or the user's cache directory."""
+    return Path(os.environ.get("EDGEMUSE_CACHE_DIR") or platformdirs.user_cache_dir())
 
 
 def store_folder(chosen: Path | None = None) -> Path:

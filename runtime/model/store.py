@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemuse.engines.errors import BundleError, OutputError, one_line
+from edgemuse.engines.files import discard_old, place_new, sync
 from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import Bundle
@@ -18,6 +19,8 @@ from edgemuse.runtime.model.folders import store_folder
 from edgemuse.runtime.model.manifest import MANIFEST
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LEFT = re.compile(rf"\.{NAME.pattern}(\.[0-9a-f]{{8}}\.part|\.zip\.tmp-[0-9a-f]{{8}})")
+"""What 'models add' and 'models fetch' call what they are still writing."""
 HUB = "hub"
 """Key of a manifest's `source` under which the repository and the revision of a fetched model are recorded."""
 
@@ -129,9 +132,14 @@ def add(model: Path, name: str, store: Path) -> Path:
     with contextlib.closing(open_model(model)) as opened:
         try:
             store.mkdir(parents=True, exist_ok=True)
+            discard_old(store, LEFT)
             write_zip(staged, opened.contents())
             free_place(name, store)
-            staged.rename(place)
+            sync(staged)
+            place_new(staged, place)
+            sync(store)
+        except FileExistsError as error:
+            raise OutputError(f"{place}: another process has just put a model there; choose another --name") from error
         except OSError as error:
             raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
         finally:

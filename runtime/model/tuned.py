@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgemuse.engines.cache import cache_key
+from edgemuse.engines import cache
+from edgemuse.engines.errors import OutputError
 from edgemuse.engines.hardware import cpu_cores, cpu_name
 
 log = logging.getLogger("edgemuse")
@@ -50,35 +51,45 @@ def _machine() -> dict[str, str | int]:
 
 
 def tuned_path(folder: Path, sha256: str) -> Path:
-    """Where the timings of the bundle with this hash are kept for this machine."""
-    return folder / (cache_key({"bundle": sha256, **_machine()}) + SUFFIX)
+    """Where the timings of the bundle with this hash are kept for this machine, if the cache is in `folder`."""
+    return cache.place_of(folder, cache.cache_key({"bundle": sha256, **_machine()}) + SUFFIX)
+
+
+def keep(folder: Path, sha256: str, tuned: Tuned) -> Path:
+    """Write what was measured of the bundle with this hash; returns the file. Raises OutputError."""
+    try:
+        return cache.write(folder, tuned_path(folder, sha256).name, tuned.to_json().encode())
+    except OSError as error:
+        raise OutputError(f"what was measured cannot be kept: {error}") from error
 
 
 def recall(folder: Path | None, sha256: str) -> Tuned | None:
     """What was measured of a bundle here, or None; a file that is damaged is passed over with a warning."""
     if folder is None:
         return None
-    path = tuned_path(folder, sha256)
-    return _read(path) if path.is_file() else None
+    return _read(folder, tuned_path(folder, sha256).name)
 
 
 def recall_all(folder: Path) -> Iterator[Tuned]:
     """All that was measured on this machine."""
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        found = _read(path, _machine())
+    for name in cache.names(folder, SUFFIX):
+        found = _read(folder, name, _machine())
         if found is not None:
             yield found
 
 
-def _read(path: Path, machine: dict[str, str | int] | None = None) -> Tuned | None:
+def _read(folder: Path, name: str, machine: dict[str, str | int] | None = None) -> Tuned | None:
+    stored = cache.read(folder, name, MAX_BYTES)
+    if stored is None:
+        return None
     try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(MAX_BYTES))
+        content = json.loads(stored)
         if machine not in (None, content["machine"]):
             return None
         timings = tuple(_timing(row) for row in content["timings"])
         return Tuned(_text(content["name"]), _text(content["scan"]), timings)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        path = cache.place_of(folder, name)
         log.warning("%s is not used (%s); run 'edgemuse tune' again", path, type(error).__name__)
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ def write(
     paths: Mapping[str, Path],
     with_picture: bool = True,
     notes: Mapping[str, Any] | None = None,
+    new: Collection[Path] = (),
 ) -> list[Path]:
     """Write the label map, its legend, the volumes, the provenance and a picture to `paths`.
 
@@ -34,10 +35,14 @@ def write(
         paths: by their name in `files.NAMES`.
         with_picture: whether to make one.
         notes: what the provenance says besides.
+        new: those of the paths where nothing was when the scan was taken up: what others put there is not replaced.
 
     Returns:
         The files written; older ones of a kind that is not written are removed. The provenance, which lists the hashes
         of the others, is placed first: where the process is killed halfway, it tells what is missing.
+
+    Raises:
+        OutputError: they cannot be written, or somebody put something else there meanwhile.
     """
     start = time.perf_counter()
     contents = _results(segmentation, with_picture)
@@ -47,8 +52,20 @@ def write(
     record = {files.PROVENANCE: (json.dumps(provenance, indent=2) + "\n").encode()}
     contents = record | contents
     gone = [paths[name] for name in files.NAMES if name not in contents]
-    files.write_files({paths[name]: data for name, data in contents.items()}, gone)
+    _place({paths[name]: data for name, data in contents.items()}, gone, paths, new)
     return [paths[name] for name in files.NAMES if name in contents]
+
+
+def _place(
+    contents: Mapping[Path, bytes], gone: Iterable[Path], paths: Mapping[str, Path], new: Collection[Path]
+) -> None:
+    """Write the files. Where another machine wrote the same results meanwhile, whose claim is not seen here, again."""
+    try:
+        files.write_files(contents, gone, new)
+    except files.Appeared:
+        if files.not_ours(paths) is not None:
+            raise
+        files.write_files(contents, gone)
 
 
 def _results(segmentation: Segmentation, with_picture: bool) -> dict[str, bytes]:

@@ -21,15 +21,14 @@ from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
 
 from edgemuse.engines.errors import OutputError
-from edgemuse.runtime.scan.nifti import Scan
+from edgemuse.engines.files import OLD, place_new, sync
+from edgemuse.runtime.scan.nifti import Scan, file_sha256
 from edgemuse.runtime.scan.types import Labels
 
 DLMUSE_CSV = "DLMUSE_Volumes.csv"
 """Written for DLMUSE's labels alone."""
 PROVENANCE = "provenance.json"
 NAMES = ("dseg.nii.gz", "dseg.tsv", "volumes.tsv", DLMUSE_CSV, PROVENANCE, "qc.png")
-OLD = 3600.0
-"""Seconds after which a file that is being written was left by a process that is gone."""
 MAX_RECORD_BYTES = 1 << 20
 """A provenance has some kilobytes."""
 COMPRESSION = 4
@@ -75,6 +74,31 @@ def present(paths: Mapping[str, Path]) -> list[str]:
     return found
 
 
+def free(paths: Mapping[str, Path]) -> frozenset[Path]:
+    """Those of `paths` where nothing is; raises OutputError where a folder stands in the way."""
+    found = present(paths)
+    return frozenset(path for name, path in paths.items() if name not in found)
+
+
+def not_ours(paths: Mapping[str, Path]) -> Path | None:
+    """The first of `paths` that is there and is not as the provenance among them says; None: edgemuse wrote them all.
+
+    Raises OutputError where a folder stands in the way.
+    """
+    listed = read_record(paths[PROVENANCE]).get("files")
+    hashes = listed if isinstance(listed, dict) else None
+    return next((paths[name] for name in present(paths) if not _is_ours(name, paths[name], hashes)), None)
+
+
+def _is_ours(name: str, path: Path, hashes: Mapping[str, object] | None) -> bool:
+    if hashes is None or path.is_symlink():
+        return False
+    try:
+        return name == PROVENANCE or file_sha256(path) == hashes.get(name)
+    except OSError:
+        return False
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`, such as a provenance; empty if there is none."""
     try:
@@ -109,10 +133,20 @@ def _copy_grid(scan: Any, header: Any) -> None:
             header[field] = scan[field]
 
 
-def write_files(contents: Mapping[Path, bytes], gone: Iterable[Path] = ()) -> None:
+class Appeared(OutputError):
+    """Somebody put a file where nothing was when the work began."""
+
+
+def write_files(contents: Mapping[Path, bytes], gone: Iterable[Path] = (), new: Collection[Path] = ()) -> None:
     """Write every file beside its final name, then rename them all; remove those that are `gone`.
 
+    Where nothing was, at `new` ones of these paths, nothing is replaced or removed.
+
     If one fails, what was there before is put back and OutputError is raised.
+
+    Raises:
+        Appeared: there is something at a path of `new`.
+        OutputError: a file cannot be written.
     """
     temporaries: dict[Path, Path] = {}
     try:
@@ -120,7 +154,7 @@ def write_files(contents: Mapping[Path, bytes], gone: Iterable[Path] = ()) -> No
             temporaries[path] = _beside(path)
             with _reported(path):
                 _write(temporaries[path], data)
-        _replace(temporaries, gone)
+        _replace(temporaries, gone, new)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
@@ -135,14 +169,19 @@ def write_file(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
-def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path]) -> None:
+def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path], new: Collection[Path]) -> None:
     kept: dict[Path, Path] = {}
     placed: list[Path] = []
     try:
-        for path in (*gone, *temporaries):
+        for path in (*(path for path in gone if path not in new), *temporaries):
             with _reported(path):
+                if path in new:
+                    place_new(temporaries[path], path)
+                    placed.append(path)
+                    continue
                 if os.path.lexists(path):
                     kept[path] = _beside(path)
                     with contextlib.suppress(FileNotFoundError):  # another process was quicker
@@ -157,6 +196,8 @@ def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path]) -> None:
             if os.path.lexists(old):
                 os.replace(old, path)
         raise
+    for folder in {path.parent for path in (*placed, *kept)}:
+        sync(folder)
     for old in kept.values():
         old.unlink(missing_ok=True)
 
@@ -165,6 +206,10 @@ def _replace(temporaries: Mapping[Path, Path], gone: Iterable[Path]) -> None:
 def _reported(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileExistsError as error:
+        raise Appeared(
+            f"{path} was put there meanwhile; nothing was changed; move it away, or use --overwrite"
+        ) from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
 

@@ -24,7 +24,7 @@ from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.precision import choose_engine
-from edgemuse.runtime.model.tuned import Timing, Tuned, recall, tuned_path
+from edgemuse.runtime.model.tuned import Timing, Tuned, keep, recall, tuned_path
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.scan.nifti import open_scan
 
@@ -65,9 +65,8 @@ def measured(bundle: Path) -> tuple[Tuned, Clock]:
 
 
 def remember(bundle: Path, folder: Path, tuned: Tuned) -> Bundle:
-    folder.mkdir(exist_ok=True)
     opened = open_bundle(bundle)
-    tuned_path(folder, opened.sha256).write_text(tuned.to_json())
+    keep(folder, opened.sha256, tuned)
     return opened
 
 

@@ -6,7 +6,6 @@ import json
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -24,27 +23,6 @@ def test_machine_is_described_in_plain_values() -> None:
 
 def test_available_memory_is_within_the_machine() -> None:
     assert 0 < hardware.available_memory() <= psutil.virtual_memory().total
-
-
-@pytest.mark.parametrize(
-    ("limit", "used", "cache", "free"), [("1000", "400", 0, 600), ("1000", "900", 300, 400), ("1000", "1400", 0, 0)]
-)
-def test_container_limit_counts(
-    limit: str, used: str, cache: int, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "limit").write_text(f"{limit}\n")
-    (tmp_path / "used").write_text(f"{used}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ncache {cache}\n")
-    monkeypatch.setattr(hardware, "CGROUPS", [(tmp_path, "limit", "used", "cache")])
-    assert hardware.available_memory() == free
-
-
-def test_no_limit_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "limit").write_text("max\n")
-    (tmp_path / "used").write_text("1\n")
-    (tmp_path / "memory.stat").write_text("cache 0\n")
-    monkeypatch.setattr(hardware, "CGROUPS", [(tmp_path, "limit", "used", "cache"), (tmp_path / "absent", "", "", "")])
-    assert hardware.available_memory() > 1 << 20
 
 
 def test_peak_memory_sees_an_allocation() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundles import Tiny, tiny_graph, tiny_oracle
+from bundles import Tiny, cached, tiny_graph, tiny_oracle
 from tensorrt_fakes import OWN_MODULES, FakeCUDA, Machine, Status, fake_tensorrt, install
 
 from edgemuse.bench.measure.uncalibrated import to_int8
@@ -201,7 +201,7 @@ def test_cache_knows_what_an_engine_is_bound_to(
     opened(options).close()
     if again is None:
         again = request.node.callspec.params["machine"][0] == "tensorrt_rtx"
-    assert [call[0] for call in machine.calls].count("build") == len(list(tmp_path.iterdir())) == (1 if again else 2)
+    assert [call[0] for call in machine.calls].count("build") == len(cached(tmp_path)) == (1 if again else 2)
 
 
 @plain
@@ -210,7 +210,7 @@ def test_cache_knows_the_system(machine: Machine, tmp_path: Path, monkeypatch: p
     opened(options).close()
     monkeypatch.setattr("platform.system", lambda: "Plan 9")
     opened(options).close()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(cached(tmp_path)) == 2
 
 
 @rtx
@@ -231,7 +231,7 @@ def test_kernels_are_compiled_once(machine: Machine, tmp_path: Path) -> None:
     assert [compiled(name="RTX 4090"), compiled()] == [1, 0]
     assert [compiled(driver=13010), compiled()] == [1, 0]
     assert compiled(stale=True) == 1
-    assert len(list(tmp_path.iterdir())) == 1 + 3  # the engine, and kernels for each GPU and driver
+    assert len(cached(tmp_path)) == 1 + 3  # the engine, and kernels for each GPU and driver
 
 
 def test_without_a_folder_no_kernels_are_kept(
@@ -314,7 +314,7 @@ def test_file_that_is_no_engine_is_built_anew(
     machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def spoil() -> None:
-        (entry,) = tmp_path.iterdir()
+        (entry,) = cached(tmp_path)
         cache.store(tmp_path, entry.stem, b"not an engine" * 10)
 
     assert "not usable" in rebuilt(machine, tmp_path, caplog, spoil)

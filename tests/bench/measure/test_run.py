@@ -257,6 +257,20 @@ def test_a_half_line_alone_is_dropped(tmp_path):
     assert [row["system"] for row in read_rows(tmp_path)] == ["s"]
 
 
+@pytest.mark.parametrize("name", ["report.html", "report.md", "figures"])
+def test_a_folder_that_holds_another_report_is_left_alone(name, tmp_path):
+    """Before anything is measured; what a report of its own holds is replaced."""
+    (tmp_path / name).write_text("mine")
+    shared = dict.fromkeys(CONTEXT, "x")
+    with pytest.raises(OutputError, match=f"{name} is not of a report of 'edgemuse bench'"):
+        Results(tmp_path, shared)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    Results(tmp_path, shared).add(kind="run", system="s")
+    (tmp_path / name).touch()
+    assert len(Results(tmp_path, shared).rows) == 1
+
+
 def test_rows_of_another_machine_are_not_gone_on_with(tmp_path):
     shared = dict.fromkeys(CONTEXT, "x")
     Results(tmp_path, shared).add(kind="run", system="s")

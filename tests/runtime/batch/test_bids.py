@@ -18,6 +18,7 @@ from bundles import CommandLine, head_image, snapshot, tiny_bundle, write_scan
 
 from edgemuse.runtime.batch.bids import find_jobs, segmentation_label
 from edgemuse.runtime.regions import volumes
+from edgemuse.runtime.results import files as outputs
 from edgemuse.runtime.results.files import DLMUSE_CSV
 
 IMAGES = ("sub-01/anat/sub-01", "sub-02/ses-a/anat/sub-02_ses-a", "sub-02/ses-b/anat/sub-02_ses-b_run-2")
@@ -195,6 +196,65 @@ def test_group_refuses_a_table_that_is_not_here(
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert ran.err.startswith(f"edgemuse: {path}: {said}")
     assert set(out.rglob("*")) == before
+
+
+def test_group_replaces_its_own_tables_alone(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """Neither one made by hand, nor one corrected since, nor one for which there is a link."""
+    out, table = tmp_path / "out", tmp_path / "out" / "group_seg-tiny_volumes.tsv"
+    assert cli("bids", data, out, "participant", "-m", model).code == 0
+    table.write_text("my own table")
+    for _ in range(2):
+        before = snapshot(out)
+        ran = cli("bids", data, out, "group")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert f"{table} exists and is not as 'edgemuse bids' wrote it" in ran.err
+        assert "--overwrite" in ran.err
+        assert snapshot(out) == before
+        assert cli("bids", data, out, "group", "--overwrite").code == 0
+        assert cli("bids", data, out, "group", "--participant-label", "01").code == 0
+        assert cli("bids", data, out, "group").code == 0
+        assert table.read_text().startswith("participant_id")
+        with table.open("a") as file:
+            file.write("corrected")
+    table.rename(tmp_path / "elsewhere")
+    table.symlink_to(tmp_path / "elsewhere")
+    assert cli("bids", data, out, "group").code == 2
+    assert table.is_symlink()
+
+
+@pytest.mark.parametrize("written", ["record alone", "all"])
+def test_group_goes_on_after_a_kill(
+    written: str, data: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the note of the hashes and before the table, or after both."""
+    out, table = tmp_path / "out", tmp_path / "out" / "group_seg-tiny_volumes.tsv"
+    assert cli("bids", data, out, "participant", "-m", model).code == 0
+    assert cli("bids", data, out, "group", "--participant-label", "01").code == 0
+    before = table.read_bytes()
+    assert cli("bids", data, out, "group").code == 0
+    if written == "record alone":
+        table.write_bytes(before)
+    assert cli("bids", data, out, "group", "--participant-label", "02").code == 0
+
+
+@pytest.mark.parametrize("name", ["dataset_description.json", ".bidsignore"])
+def test_files_of_a_dataset_that_appear_meanwhile_stay(
+    name: str, data: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process starts the same dataset; or a person does, and then it is none of edgemuse."""
+    out, ours = tmp_path / "out", '{"GeneratedBy": [{"Name": "edgemuse"}]}'
+    real = outputs.write_files
+
+    def later(contents: Any, *rest: Any, **named: Any) -> None:
+        for path in contents:
+            if path.name == name:
+                path.write_text(ours)
+        real(contents, *rest, **named)
+
+    monkeypatch.setattr(outputs, "write_files", later)
+    ran = cli("bids", data, out, "participant", "-m", model)
+    assert ran.code == 0, ran.err
+    assert (out / name).read_text() == ours
 
 
 def test_group_merges_tables_of_dlmuse(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:

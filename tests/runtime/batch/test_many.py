@@ -279,11 +279,11 @@ KILLED = """
 import os, signal
 from edgemuse.runtime.pipeline.segmenter import Segmenter
 real, left = {owner}.{name}, [{at}]
-def killed(*arguments):
+def killed(*arguments, **named):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
+    return real(*arguments, **named)
 {owner}.{name} = killed
 """
 
@@ -293,7 +293,7 @@ def killed(*arguments):
     "prelude",
     [
         KILLED.format(owner="Segmenter", name="run", at=3),
-        *(KILLED.format(owner="os", name="replace", at=at) for at in (2, 5, 6)),
+        *(KILLED.format(owner="os", name="link", at=at) for at in (2, 5, 6)),
     ],
     ids=["network", *(f"rename {at}" for at in (2, 5, 6))],
 )
@@ -311,6 +311,33 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert len(lines(ran, "done already")) == done
     assert labels(out) == labels(tmp_path / "whole")
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_what_appears_while_the_network_runs_is_not_replaced(
+    data: Path, model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless another machine, whose claims are not seen here, made the same results; --overwrite replaces all."""
+    out, scan, run = tmp_path / "out", data / "sub-1_T1w.nii.gz", Segmenter.run
+    assert cli("segment", scan, "-m", model, "-o", tmp_path / "other").code == 0
+
+    def meanwhile(*arguments: Any) -> Any:
+        for path in here:
+            (out / path.name).write_bytes(path.read_bytes())
+        return run(*arguments)
+
+    monkeypatch.setattr(Segmenter, "run", meanwhile)
+    here = [tmp_path / "other" / "sub-1_volumes.tsv"]
+    ran = cli("segment", scan, "-m", model, "-o", out)
+    assert (ran.code, ran.out) == (2, "")
+    assert f"{out / 'sub-1_volumes.tsv'} was put there meanwhile" in ran.err
+    assert [path.name for path in out.iterdir()] == ["sub-1_volumes.tsv"]
+    assert cli("segment", scan, "-m", model, "-o", out, "--overwrite").code == 0
+    for path in out.iterdir():
+        path.unlink()
+    here = list((tmp_path / "other").iterdir())
+    assert cli("segment", scan, "-m", model, "-o", out).code == 0
+    assert labels(out) == labels(tmp_path / "other")
+    assert not list(out.glob(".*"))
 
 
 TOGETHER = """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bundles import (
     CommandLine,
+    cached,
     edit_manifest,
     head_image,
     replace_file,
@@ -25,7 +26,7 @@ from tensorrt_fakes import Machine, Status, install
 from edgemuse.calibration.half import half_precision
 from edgemuse.engines.openvino import probe
 from edgemuse.runtime.model.bundle import open_bundle
-from edgemuse.runtime.model.tuned import Timing, Tuned, tuned_path
+from edgemuse.runtime.model.tuned import Timing, Tuned, keep
 from edgemuse.runtime.network.profiles import PROFILES
 from edgemuse.runtime.results.files import NAMES
 
@@ -54,9 +55,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def tuned(model: Path, tmp_path: Path) -> None:
     """The GPU was found to be the fastest, so `auto` takes it."""
     timings = tuple(Timing("tensorrt", "GPU", "fp32", profile, 0.1) for profile in PROFILES)
-    path = tuned_path(tmp_path / "cache", open_bundle(model).sha256)
-    path.parent.mkdir()
-    path.write_text(Tuned("tiny", "a_T1w.nii.gz", timings).to_json())
+    keep(tmp_path / "cache", open_bundle(model).sha256, Tuned("tiny", "a_T1w.nii.gz", timings))
 
 
 def test_help_lists_every_option(cli: CommandLine) -> None:
@@ -77,7 +76,7 @@ def test_engines_for_gpus_elsewhere(cli: CommandLine, gpu: Machine, model: Path,
     assert {match.group(2, 3) for match in found if match} == {
         (p, c) for p in ("fp32", "fp16") for c in ("8.6", "12.0")
     }
-    assert {Path(match[1]) for match in found if match} == set((tmp_path / "cache").iterdir())
+    assert {Path(match[1]) for match in found if match} == set(cached(tmp_path / "cache"))
     assert "building fp32 for 8.6 (1 of 4)" in ran.err
     gpu.driver = driver
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz")
@@ -97,7 +96,7 @@ def test_engines_of_a_cascade(cli: CommandLine, gpu: Machine, tmp_path: Path) ->
     lines, roles = zip(*(line.rsplit("\t", 1) for line in ran.out.splitlines()), strict=True)
     assert roles == ("mask", "mask", "regions", "regions")
     found = [LINE.fullmatch(line) for line in lines]
-    assert {Path(match[1]) for match in found if match} == set((tmp_path / "cache").iterdir())
+    assert {Path(match[1]) for match in found if match} == set(cached(tmp_path / "cache"))
     assert "building regions fp32 for 8.6 (3 of 4)" in ran.err
     gpu.driver = driver
     scan = write_scan(tmp_path / "sub-01_T1w.nii.gz", head_image((40, 44, 36)))
@@ -118,7 +117,7 @@ def test_cascade_on_openvino_is_warmed(cli: CommandLine, tmp_path: Path) -> None
 
 def test_engine_file_is_what_the_library_made(cli: CommandLine, gpu: Machine, model: Path, tmp_path: Path) -> None:
     cli("build", model, "--precision", "fp32", "--compute-capability", "8.6", "-o", tmp_path / "engines")
-    (path,) = (tmp_path / "engines").iterdir()
+    (path,) = cached(tmp_path / "engines")
     data = path.read_bytes()
     assert data[:32] == hashlib.sha256(data[32:]).digest()
     assert data.endswith(tiny_graph())

@@ -29,7 +29,7 @@ OPTIONS = {
         *("--max-ram", "--no-postprocess", "--no-qc", "--overwrite", "--verbose", "--list", "--shard"),
     ],
     "info": ["BUNDLE", "--model-dir", "--card"],
-    "demo": ["--output", "--threads"],
+    "demo": ["--output", "--overwrite", "--threads"],
     "devices": [],
     "models": ["list", "fetch", "add", "verify"],
 }

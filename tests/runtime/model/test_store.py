@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemuse.engines.errors import BundleError, OutputError
+from edgemuse.engines.files import OLD
+from edgemuse.runtime.model import store as store_module
 from edgemuse.runtime.model.archive import write_zip
 from edgemuse.runtime.model.builtin import BUILT_IN
 from edgemuse.runtime.model.bundle import open_bundle
@@ -206,6 +210,37 @@ def test_add_refuses_and_leaves_all_as_it_was(home: Path, cli: CommandLine, tmp_
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), arguments
         assert reason in ran.err
         assert snapshot(tmp_path) == before
+
+
+def test_what_a_killed_one_left_goes(home: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """When it is old: until then it may be on its way. What else lies there stays."""
+    store = home / "models"
+    store.mkdir(parents=True)
+    left = [".tiny.0123abcd.part", ".other.model.89abcdef.part", ".dlmuse.zip.tmp-0123abcd/dlmuse.zip/head.npz"]
+    kept = [".dlmuse.download/plans.json", ".tiny.part", ".tiny.0123abcd.part~", ".new.0123abcd.part", "notes.part"]
+    for name in (*left, *kept):
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(b"x")
+    for path in store.iterdir():
+        if not path.name.startswith(".new"):
+            os.utime(path, (time.time() - 2 * OLD,) * 2)
+    assert cli("models", "list").code == 0
+    assert len(list(store.iterdir())) == len(left) + len(kept)
+    assert cli("models", "add", tiny_bundle(tmp_path / "tiny.bundle")).code == 0
+    found = {path.relative_to(store).parts[0] for path in store.iterdir()}
+    assert found == {"tiny.zip", *(Path(name).parts[0] for name in kept)}
+
+
+def test_a_model_that_appears_meanwhile_stays(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(path: Path, files: Any) -> Path:
+        (path.parent / "tiny.zip").write_bytes(b"another's")
+        return write_zip(path, files)
+
+    monkeypatch.setattr(store_module, "free_place", lambda name, store: store / f"{name}.zip")
+    monkeypatch.setattr(store_module, "write_zip", late)
+    with pytest.raises(OutputError, match="another process has just put a model there"):
+        add(tiny_bundle(tmp_path / "tiny.bundle"), "tiny", home / "models")
+    assert [(path.name, path.read_bytes()) for path in (home / "models").iterdir()] == [("tiny.zip", b"another's")]
 
 
 def test_a_store_that_is_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,16 @@ from edgemuse.runtime.results import files as outputs
 from edgemuse.runtime.results.files import (
     NAMES,
     OLD,
+    PROVENANCE,
+    Appeared,
     discard_parts,
+    free,
     nifti_bytes,
+    not_ours,
     output_paths,
     prepare_folder,
     present,
+    write_file,
     write_files,
 )
 from edgemuse.runtime.scan.nifti import open_scan, scan_stem
@@ -278,3 +286,66 @@ def test_earlier_results_are_put_back_if_one_fails(at: int, tmp_path: Path, monk
     with pytest.raises(OutputError, match="nothing was changed"):
         write_files({tmp_path / name: b"new" for name in "abc"})
     assert snapshot(tmp_path) == before
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """Of files that were to be new, all are withdrawn; one that was to be removed stays as well."""
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "b").write_text("mine")
+    (tmp_path / "gone").write_text("mine too")
+    before = snapshot(tmp_path)
+    new = [tmp_path / name for name in ("a", "b", "gone")]
+    with pytest.raises(Appeared, match=r"b was put there meanwhile; nothing was changed"):
+        write_files({tmp_path / name: b"new" for name in ("old", "a", "b")}, [tmp_path / "gone"], new)
+    assert snapshot(tmp_path) == before
+    (tmp_path / "b").unlink()
+    write_files({tmp_path / name: b"new" for name in ("old", "a", "b")}, [tmp_path / "gone"], new)
+    content = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert content == {"old": "new", "a": "new", "b": "new", "gone": "mine too"}
+
+
+def test_whose_results_they_are(tmp_path: Path) -> None:
+    paths = output_paths(tmp_path, "a")
+    assert not_ours(paths) is None
+    assert free(paths) == {*paths.values()}
+    content = {"dseg.tsv": b"1", "volumes.tsv": b"2"}
+    record = json.dumps({"files": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}})
+    write_files({paths[PROVENANCE]: record.encode(), **{paths[name]: data for name, data in content.items()}})
+    assert not_ours(paths) is None
+    assert free(paths) == {paths[name] for name in NAMES} - {paths[name] for name in (*content, PROVENANCE)}
+    paths["qc.png"].write_bytes(b"mine")
+    assert not_ours(paths) == paths["qc.png"]
+    paths["qc.png"].unlink()
+    paths["volumes.tsv"].write_bytes(b"corrected")
+    assert not_ours(paths) == paths["volumes.tsv"]
+    paths[PROVENANCE].write_text('{"files": [1]}')
+    assert not_ours(paths) == paths["dseg.tsv"]
+    paths[PROVENANCE].unlink()
+    assert not_ours(paths) == paths["dseg.tsv"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be synced elsewhere")
+def test_folders_are_synced_after_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    replace, link, fsync = os.replace, os.link, os.fsync
+
+    def noted(name: str, real: Any) -> Any:
+        def step(*arguments: Any, **named: Any) -> Any:
+            steps.append(name)
+            return real(*arguments, **named)
+
+        return step
+
+    def synced(descriptor: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", noted("rename", replace))
+    monkeypatch.setattr(os, "link", noted("rename", link))
+    monkeypatch.setattr(os, "fsync", synced)
+    (tmp_path / "x").mkdir()
+    write_files({tmp_path / "a": b"1", tmp_path / "x" / "b": b"2"}, new=[tmp_path / "a"])
+    assert steps == ["file", "file", "rename", "rename", "folder", "folder"]
+    steps.clear()
+    write_file(tmp_path / "c", b"3")
+    assert steps == ["file", "rename", "folder"]
