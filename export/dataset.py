@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemuse.engines.errors import ModelFolderError
-from edgemuse.export.documents import blaming, mapping, read_json, short, text, whole
+from edgemuse.export.documents import blaming, mapping, read_json, text, whole
+from edgemuse.runtime.model.checks import short
 from edgemuse.runtime.regions.labels import Label, parse_label_table
 
 DATASET = "dataset.json"

@@ -30,6 +30,7 @@ from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.model.bundle import file_entry, open_bundle
 from edgemuse.runtime.model.cascade import CascadeManifest
+from edgemuse.runtime.model.graph import inspect_graph
 from edgemuse.runtime.model.manifest import MANIFEST, GateRow, Manifest, Network, Normalization, Resampling
 from edgemuse.runtime.regions.labels import Label
 
@@ -216,6 +217,13 @@ def replace_file(folder: Path, name: str, data: bytes) -> Path:
     entry = file_entry(data)
     files = json.loads((folder / MANIFEST).read_text())["files"]
     return edit_manifest(folder, files=files | {name: {"bytes": entry.bytes, "sha256": entry.sha256}})
+
+
+def replace_graph(folder: Path, data: bytes) -> Path:
+    """Put the graph `data` into the bundle as fp32, and the memory it takes into the manifest; returns `folder`."""
+    replace_file(folder, "fp32.onnx", data)
+    network = json.loads((folder / MANIFEST).read_text())["network"]
+    return edit_manifest(folder, network=network | {"activation_bytes": inspect_graph(data).activation_bytes})
 
 
 def zip_bundle(folder: Path, path: Path, compression: int = zipfile.ZIP_DEFLATED) -> Path:

@@ -23,12 +23,17 @@ MAX_DEPTH = 32
 """Of lists and objects inside one another: who walks through them may do so by recursion."""
 MAX_CONTAINERS, MAX_VALUES = 1 << 18, 1 << 20
 """Lists and objects, and commas between values: each becomes an object of Python, up to a hundred times its size."""
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel = 2
 T = TypeVar("T")
 
 
 def short(value: object) -> str:
     """What `value` looks like, in less than a line."""
-    return reprlib.repr(value).replace("\n", " ")
+    try:
+        return BRIEF.repr(value).replace("\n", " ")
+    except Exception:  # as of a number of more digits than Python writes
+        return f"a {type(value).__name__}"
 
 
 def parse_json(raw: bytes) -> Any:
