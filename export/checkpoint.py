@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 
-from edgemuse.engines.errors import ModelFolderError
-from edgemuse.export.documents import blaming, mapping, short, text, whole
-from edgemuse.runtime.scan.nifti import file_sha256
+from edgemuse.engines.errors import ModelFolderError, one_line
+from edgemuse.export.documents import blaming, mapping, text, whole
+from edgemuse.export.pickles import MAX_PICKLE_BYTES, ForbiddenError, Stored, TorchFile, is_old
+from edgemuse.runtime.model.checks import MAX_TEXT, short
+from edgemuse.runtime.scan.stand_in import stand_in
 
-NUMBERS = (
-    "Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64", "Float16", "Float32", "Float64",
-)  # fmt: skip
-SCALAR: Any = np.float64(0).__reduce__()[0]
-SAFE_GLOBALS: list[Any] = [
-    # numpy renamed the module of this function in 2.0, so checkpoints know it by either name.
-    (SCALAR, "numpy.core.multiarray.scalar"),
-    (SCALAR, "numpy._core.multiarray.scalar"),
-    (np.dtype, "numpy.dtype"),
-    *(type(np.dtype(name.lower())) for name in NUMBERS),
-]
-"""What nnU-Net's own checkpoints need beyond tensors: the losses and Dice of its log are numpy numbers."""
 WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)+")
 """Prefixes that torch.compile and DataParallel leave on the names of weights."""
-FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
-FOLD = re.compile(r"fold_(\d+|all)")
+FOLD = re.compile(r"fold_([0-9]{1,9}|all)")
+SHOWN = 80
+"""Characters of a name out of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,8 @@ def find_folds(folder: Path, name: str) -> tuple[str, ...]:
     if not ready:
         there = sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/*.pth"))
         hint = f"; there is {', '.join(there)}: choose with --checkpoint" if there else ""
+        if instead := [what for fold in found if (what := stand_in(folder / f"fold_{fold}" / name))]:
+            hint = f", only {instead[0]}"
         raise ModelFolderError(f"{folder}: no fold_*/{name} in this folder{hint}")
     numbered = sorted((fold for fold in ready if fold != "all"), key=int)
     return tuple(numbered) or ("all",)
@@ -73,43 +66,67 @@ def read_checkpoints(folder: Path, folds: tuple[str, ...], name: str) -> tuple[C
 def read_checkpoint(path: Path, fold: str) -> Checkpoint:
     """Read one checkpoint without running anything that is in it; raises ModelFolderError."""
     if not path.is_file():
-        raise ModelFolderError(f"{path}: no such checkpoint; choose with --fold and --checkpoint")
-    data = _load(path)
-    with blaming(path):
-        contents = mapping(data, "a checkpoint")
-        return Checkpoint(
-            fold=fold,
-            weights=_weights(mapping(contents["network_weights"], "network_weights")),
-            configuration=text(mapping(contents["init_args"], "init_args")["configuration"], "configuration"),
-            mirror_axes=_mirror_axes(contents.get("inference_allowed_mirroring_axes")),
-            trainer=text(contents["trainer_name"], "trainer_name"),
-            sha256=file_sha256(path),
-        )
+        reason = stand_in(path) or "no such checkpoint; choose with --fold and --checkpoint"
+        raise ModelFolderError(f"{path}: {reason}")
+    with _reported(path), path.open("rb") as file:
+        _check_kind(file, path)
+        opened = TorchFile(file)
+        with blaming(path):
+            contents = mapping(opened.content, "a checkpoint")
+            stored = _stored(mapping(contents["network_weights"], "network_weights"))
+            configuration = text(mapping(contents["init_args"], "init_args")["configuration"], "configuration")
+            mirror_axes = _mirror_axes(contents.get("inference_allowed_mirroring_axes"))
+            trainer = text(contents["trainer_name"], "trainer_name")
+        return Checkpoint(fold, opened.tensors(stored), configuration, mirror_axes, trainer, _sha256(file))
 
 
-def _load(path: Path) -> Any:
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside the block, as one ModelFolderError about `path`."""
     try:
-        # Old checkpoints bring warnings about pickle protocols and storages, which are nobody's business here.
-        with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
-            warnings.simplefilter("ignore")
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a hostile or cut-off file makes torch fail in any way it likes
-        if forbidden := FORBIDDEN.search(str(error)):
-            raise ModelFolderError(
-                f"{path}: refused, as loading it would call {forbidden[1]}, which no checkpoint of nnU-Net needs"
-            ) from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelFolderError(f"{path}: not a whole checkpoint, copy it again ({reason})") from error
+        yield
+    except ModelFolderError:
+        raise
+    except ForbiddenError as error:
+        raise ModelFolderError(
+            f"{path}: refused, as loading it would call {one_line(error)[:SHOWN]}, which no checkpoint of nnU-Net "
+            "needs; nothing of it was run; get the checkpoint from its authors again"
+        ) from error
+    except Exception as error:  # a hostile or cut-off file makes pickle, zipfile and torch fail in any way
+        reason = stand_in(path) or (
+            f"not a whole checkpoint ({one_line(error)[:MAX_TEXT] or type(error).__name__}); copy or download it again"
+        )
+        raise ModelFolderError(f"{path}: {reason}") from error
 
 
-def _weights(found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _check_kind(file: IO[bytes], path: Path) -> None:
+    """Raise ModelFolderError, ForbiddenError or ValueError unless `file` begins as a zip file does."""
+    head = file.read(2)
+    if head == b"PK":
+        return
+    if not is_old(head + file.read(MAX_PICKLE_BYTES)):
+        raise ValueError("it is no file of PyTorch")
+    raise ModelFolderError(
+        f"{path}: in PyTorch's format from before 1.6; if you trust it, load it with PyTorch and save it again"
+    )
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while data := file.read(1 << 20):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _stored(found: Mapping[str, Any]) -> dict[str, Stored]:
     weights = {}
     for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Stored):
             raise TypeError(f"network_weights must map names to tensors, found {short(name)}: {type(tensor).__name__}")
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise TypeError(f"weight {short(name)} must be a plain tensor of real numbers, found {tensor.dtype}")
-        weights[WRAPPERS.sub("", name)] = tensor.detach()
+        if tensor.storage.type is None:
+            raise TypeError(f"weight {short(name)} must be a plain tensor of real numbers")
+        weights[WRAPPERS.sub("", name)] = tensor
     return weights
 
 

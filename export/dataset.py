@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgemuse.engines.errors import ModelFolderError
-from edgemuse.export.documents import blaming, mapping, read_json, short, text, whole
+from edgemuse.export.documents import blaming, mapping, read_json, text, whole
+from edgemuse.runtime.model.checks import short
 from edgemuse.runtime.regions.labels import Label, parse_label_table
 
 DATASET = "dataset.json"
 MAX_CLASSES = 1 << 16
+MAX_TABLE_BYTES = 16 << 20
+"""Of a label table; what is beyond is not read."""
+DIGITS = re.compile(r"\s*[0-9]{1,9}\s*")
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,13 @@ class Dataset:
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """Read `folder/dataset.json`; raises ModelFolderError for more than one channel and for region-based labels."""
+    """Read `folder/dataset.json`; raises ModelFolderError for more than one channel and for overlapping regions."""
     path = folder / DATASET
     data = read_json(path)
     with blaming(path):
         _check_channels(data)
         labels = mapping(data["labels"], "labels")
-        _refuse_regions(data, labels)
+        _refuse_regions(labels)
         return Dataset(text(data.get("file_ending", ".nii.gz"), "file_ending"), _names(labels))
 
 
@@ -45,9 +50,10 @@ def _check_channels(data: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_regions(data: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
-    regions = [name for name, value in labels.items() if isinstance(value, list)]
-    if regions or data.get("regions_class_order") is not None:
+def _refuse_regions(labels: Mapping[str, Any]) -> None:
+    """A list of one number is a plain label to nnU-Net, and then a `regions_class_order` is not looked at."""
+    regions = [name for name, value in labels.items() if isinstance(value, list) and len(value) > 1]
+    if regions:
         raise ValueError(
             f"the model predicts overlapping regions ({short(regions)}), which edgemuse does not support; "
             "export a model trained on plain labels"
@@ -58,10 +64,18 @@ def _names(labels: Mapping[str, Any]) -> dict[int, str]:
     """The first name of every number. `ignore` marks voxels left out of training and is no class."""
     names: dict[int, str] = {}
     for name, value in labels.items():
-        number = whole(value, 0, MAX_CLASSES, f"label {short(name)}")
-        if name != "ignore":
-            names.setdefault(number, text(name, "the name of a label"))
+        for number in value if isinstance(value, list) else [value]:
+            found = whole(_number(number), 0, MAX_CLASSES, f"label {short(name)}")
+            if name != "ignore":
+                names.setdefault(found, text(name, "the name of a label"))
     return names
+
+
+def _number(value: object) -> object:
+    """The whole number that `value` writes as text or with a point, as nnU-Net reads it; anything else as it is."""
+    if isinstance(value, str) and DIGITS.fullmatch(value):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def class_labels(dataset: Dataset, classes: int) -> tuple[Label, ...]:
@@ -77,7 +91,8 @@ def class_labels(dataset: Dataset, classes: int) -> tuple[Label, ...]:
 def read_label_table(path: Path, classes: int) -> tuple[Label, ...]:
     """The label table in the file `path`; raises ModelFolderError unless it has `classes` rows."""
     try:
-        labels = parse_label_table(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            labels = parse_label_table(file.read(MAX_TABLE_BYTES).decode())
     except OSError as error:
         raise ModelFolderError(f"{path}: the label table cannot be read ({error.strerror})") from error
     except (ValueError, csv.Error) as error:

@@ -5,17 +5,17 @@ The checks raise ValueError, TypeError or KeyError; `blaming` turns these into o
 
 from __future__ import annotations
 
-import json
 import math
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edgemuse.engines.errors import ModelFolderError
+from edgemuse.runtime.model.checks import parse_json, short
+from edgemuse.runtime.scan.stand_in import stand_in
 
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20
 """Nothing larger than this is read into memory; real plans have a few kilobytes."""
 
 
@@ -34,20 +34,22 @@ def blaming(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`; raises ModelFolderError."""
     try:
+        if path.exists() and not path.is_file():  # of a pipe, opening it would wait for somebody to write
+            raise ModelFolderError(f"{path}: not a file; copy it again")
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError as error:
-        raise ModelFolderError(
-            f"{path}: no such file; name the folder that holds plans.json, dataset.json and fold_*"
-        ) from error
+        reason = stand_in(path) or "no such file; name the folder that holds plans.json, dataset.json and fold_*"
+        raise ModelFolderError(f"{path}: {reason}") from error
     except OSError as error:
         raise ModelFolderError(f"{path}: cannot be read ({error.strerror})") from error
     if len(raw) > MAX_JSON_BYTES:
         raise ModelFolderError(f"{path}: larger than {MAX_JSON_BYTES} bytes, so it is not a file of nnU-Net")
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path}: not valid JSON ({error}); copy it again") from error
+        data = parse_json(raw)
+    except ValueError as error:
+        reason = stand_in(path) or f"not valid JSON ({error}); copy it again"
+        raise ModelFolderError(f"{path}: {reason}") from error
     with blaming(path):
         return mapping(data, "the file")
 
@@ -93,8 +95,3 @@ def sequence(value: object, count: int, what: str) -> list[Any]:
     if not isinstance(value, list | tuple) or len(value) != count:
         raise ValueError(f"{what} must be a list of {count}, found {short(value)}")
     return list(value)
-
-
-def short(value: object) -> str:
-    """What `value` looks like, in less than a line."""
-    return reprlib.repr(value).replace("\n", " ")

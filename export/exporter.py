@@ -17,12 +17,13 @@ from edgemuse.engines.hardware import available_memory
 from edgemuse.export.architecture import backbone, defers_head, head_layer, load_network, merge_heads
 from edgemuse.export.checkpoint import Checkpoint, find_folds, read_checkpoints
 from edgemuse.export.dataset import Dataset, class_labels, read_dataset, read_label_table
-from edgemuse.export.graph import activation_bytes, export_graph
+from edgemuse.export.graph import export_graph
 from edgemuse.export.plans import Plan, read_plan
 from edgemuse.export.verify import verification_patches, verify
 from edgemuse.export.writer import HEAD, check_output, head_bytes, write_bundle
 from edgemuse.runtime.model.bundle import Head, file_entry
 from edgemuse.runtime.model.checks import is_orientation
+from edgemuse.runtime.model.graph import inspect_graph
 from edgemuse.runtime.model.manifest import Manifest, Network
 from edgemuse.runtime.regions.labels import Label
 
@@ -94,7 +95,7 @@ def export_model(folder: Path, output: Path, options: ExportOptions | None = Non
     options.progress("tracing the network")
     graph = export_graph(backbone(model.networks), model.plan.patch)
     head = merge_heads(model.networks) if defers_head(model.networks) else None
-    network = _network(model, head, activation_bytes(graph, model.plan.patch), options)
+    network = _network(model, head, inspect_graph(graph).activation_bytes, options)
     _check_memory(network)
     if network.orientation is None:
         options.progress("no --orientation: a scan that is not stored as the training data were will get wrong labels")

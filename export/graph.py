@@ -2,14 +2,13 @@
 
 The graph is traced at the patch's shape and its three spatial axes are named afterwards. Tracing with symbolic sizes
 fails on residual encoders, where a skip connection divides a size twice and the main path once. None of the
-operations of these networks depends on the size traced, and `OPERATIONS` makes sure of that.
+operations of these networks depends on the size traced: `runtime.model.graph` knows no other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,27 +19,12 @@ import onnx.numpy_helper
 import onnxscript  # noqa: F401  # torch's exporter needs it: found missing here, not after the weights are read
 import torch
 
-from edgemuse.engines.errors import ModelFolderError
+from edgemuse.engines.errors import ModelFolderError, one_line
+from edgemuse.runtime.model.graph import AXES, EXPORTED, inspect_graph
 from edgemuse.runtime.scan.types import Shape
 
 OPSET = 18
 INPUT, OUTPUT = "image", "features"
-AXES = ("depth", "height", "width")
-OPERATIONS = frozenset(
-    (
-        "Add",
-        "AveragePool",
-        "Concat",
-        "Conv",
-        "ConvTranspose",
-        "Div",
-        "InstanceNormalization",
-        "LeakyRelu",
-        "Mul",
-        "Relu",
-    )
-)
-"""Operations that work at any spatial size. Div and Mul take the mean over folds; their other operand is a scalar."""
 SMALLEST_HALVED = 256
 """Weights with fewer values than this are not halved, because a cast for them saves nothing."""
 MAX_WEIGHT_BYTES = (1 << 31) - (16 << 20)
@@ -48,7 +32,10 @@ MAX_WEIGHT_BYTES = (1 << 31) - (16 << 20)
 
 
 def export_graph(network: torch.nn.Module, patch: Shape) -> bytes:
-    """`network`, from (1, 1, D, H, W) to (1, F, D, H, W), as ONNX; raises ModelFolderError if it does not fit."""
+    """`network`, from (1, 1, D, H, W) to (1, F, D, H, W), as ONNX.
+
+    Raises ModelFolderError if it does not fit into a file, or became something that the runtime refuses.
+    """
     _check_size(network)
     model = _trace(network, patch)
     _check_operations(model)
@@ -57,6 +44,10 @@ def export_graph(network: torch.nn.Module, patch: Shape) -> bytes:
     halve_weights(model)
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString(deterministic=True)
+    try:
+        inspect_graph(data)
+    except ValueError as error:
+        raise ModelFolderError(f"the network became a graph that the runtime refuses: {one_line(error)}") from error
     return data
 
 
@@ -93,7 +84,7 @@ def _silence() -> Iterator[None]:
 
 def _check_operations(model: onnx.ModelProto) -> None:
     """A Reshape or BatchNormalization here would mean that the graph is not the network or holds the traced size."""
-    if unknown := sorted({node.op_type for node in model.graph.node} - OPERATIONS):
+    if unknown := sorted({node.op_type for node in model.graph.node} - EXPORTED.keys()):
         raise ModelFolderError(
             f"the network became a graph with {', '.join(unknown)}, which edgemuse does not know; "
             "use the versions of torch and onnxscript that the extra '.[export]' installs"
@@ -137,34 +128,3 @@ def halve_weights(model: onnx.ModelProto) -> None:
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def activation_bytes(graph: bytes, patch: Shape) -> int:
-    """Peak bytes of float32 activations that are alive at once, a voxel of `patch`, if run node by node."""
-    model = onnx.load_model_from_string(graph)
-    sizes = _activation_sizes(model, patch)
-    last_use = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
-    last_use[model.graph.output[0].name] = len(model.graph.node)
-    alive = {INPUT: sizes[INPUT]}
-    peak = 0
-    for index, node in enumerate(model.graph.node):
-        if node.op_type == "Cast":  # of a weight
-            continue
-        alive |= {name: sizes[name] for name in node.output}
-        peak = max(peak, sum(alive.values()))
-        alive = {name: size for name, size in alive.items() if last_use.get(name, -1) > index}
-    return math.ceil(peak / math.prod(patch))
-
-
-def _activation_sizes(model: onnx.ModelProto, patch: Shape) -> dict[str, int]:
-    """Bytes of every activation at the patch's shape, by name."""
-    for axis, size in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], patch, strict=True):
-        axis.dim_value = size
-    # The output's named axes would contradict the sizes inferred for it.
-    model.graph.output[0].type.tensor_type.ClearField("shape")
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    shapes = {
-        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-    return {name: 4 * math.prod(shape) for name, shape in shapes.items()}

@@ -20,10 +20,10 @@ from edgemuse.export.documents import (
     read_json,
     real,
     sequence,
-    short,
     text,
     whole,
 )
+from edgemuse.runtime.model.checks import short
 from edgemuse.runtime.model.manifest import Normalization, NormalizationScheme, Resampling
 from edgemuse.runtime.scan.types import Shape, Spacing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,8 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.model.bundle import file_entry, open_bundle
 from edgemuse.runtime.model.cascade import CascadeManifest
+from edgemuse.runtime.model.graph import inspect_graph
 from edgemuse.runtime.model.manifest import MANIFEST, GateRow, Manifest, Network, Normalization, Resampling
 from edgemuse.runtime.regions.labels import Label
 
@@ -218,6 +221,13 @@ def replace_file(folder: Path, name: str, data: bytes) -> Path:
     return edit_manifest(folder, files=files | {name: {"bytes": entry.bytes, "sha256": entry.sha256}})
 
 
+def replace_graph(folder: Path, data: bytes) -> Path:
+    """Put the graph `data` into the bundle as fp32, and the memory it takes into the manifest; returns `folder`."""
+    replace_file(folder, "fp32.onnx", data)
+    network = json.loads((folder / MANIFEST).read_text())["network"]
+    return edit_manifest(folder, network=network | {"activation_bytes": inspect_graph(data).activation_bytes})
+
+
 def zip_bundle(folder: Path, path: Path, compression: int = zipfile.ZIP_DEFLATED) -> Path:
     """The bundle in `folder` as the zip file `path`."""
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -332,3 +342,14 @@ def snapshot(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+@contextlib.contextmanager
+def little_memory(most: int = 8 << 20) -> Iterator[None]:
+    """Inside the block Python takes at most `most` bytes at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 NO_REPOSITORY = (404, {"X-Error-Code": "RepoNotFound"})
 GATED = (403, {"X-Error-Code": "GatedRepo"})
+BLOCK = 1 << 20
 
 
 @dataclass
@@ -39,6 +41,12 @@ class Hub:
         budget: bytes of content still to be given; when they are used up, 403. None: any number.
         cuts: how many more times a connection is cut in the middle of a file.
         swapped: content by path that is sent instead of what is listed.
+        busy: status codes of the next answers to requests for files.
+        more: zeros that follow every answer whose path contains `more_at`, and are announced.
+        more_at: see `more`.
+        ranges: answer with the part of a file that is asked for; else with all of it.
+        packed: send content packed with gzip, asked for or not.
+        sent: bytes of answers that were taken.
         hold: at this request for content, counted from 1, `held` is set and nothing is sent until `released` is set.
     """
 
@@ -49,6 +57,12 @@ class Hub:
     budget: int | None = None
     cuts: int = 0
     swapped: dict[str, bytes] = field(default_factory=dict)
+    busy: list[int] = field(default_factory=list)
+    more: int = 0
+    more_at: str = ""
+    ranges: bool = True
+    packed: bool = False
+    sent: int = 0
     hold: int = 0
     held: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
@@ -64,7 +78,7 @@ class Hub:
         return self.repositories[name]
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_hub() -> Iterator[Hub]:
     """A server for as long as the context lasts."""
     hub = Hub()
@@ -106,18 +120,16 @@ class _Answers(BaseHTTPRequestHandler):
             name, path = "/".join(parts[1:3]), "/".join(parts[3:])
             self._content(self.hub.repositories[name].files[path], path, {})
         elif parts[:2] == ["api", "models"]:
-            self._api("/".join(parts[2:4]), parts[4:], parse_qs(url.query))
+            self._api("/".join(parts[2:4]), parse_qs(url.query))
         elif "/".join(parts[:2]) in self.hub.repositories:
             self._resolve("/".join(parts[:2]), "/".join(parts[4:]))
-        else:  # the library also asks for things of its own
+        else:
             self._fail(*NO_REPOSITORY)
 
-    def _api(self, name: str, rest: list[str], query: dict[str, list[str]]) -> None:
+    def _api(self, name: str, query: dict[str, list[str]]) -> None:
         repository = self.hub.repositories.get(name)
         if repository is None:
             return self._fail(*NO_REPOSITORY)
-        if rest[:1] == ["tree"]:
-            return self._json(_tree(repository, "/".join(rest[2:])))
         blobs = query.get("blobs", [""])[0].lower() == "true"
         siblings = [
             {"rfilename": path} | (entry(data, path) if blobs else {}) for path, data in repository.files.items()
@@ -138,6 +150,8 @@ class _Answers(BaseHTTPRequestHandler):
         return self._send(302, b"", headers | {"Location": f"{self.hub.url}/cdn/{name}/{path}"})
 
     def _content(self, data: bytes, path: str, headers: dict[str, str]) -> None:
+        if self.hub.busy:
+            return self._fail(self.hub.busy.pop(0), {})
         data, wanted = self.hub.swapped.get(path, data), self.headers.get("Range")
         self.hub.served.append((path, wanted))
         if len(self.hub.served) == self.hub.hold:
@@ -146,7 +160,7 @@ class _Answers(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         code, part = 200, data
-        if wanted:
+        if wanted and self.hub.ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             code, part = 206, data[int(first) : int(last) + 1 if last else None]
             headers = headers | {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
@@ -163,8 +177,11 @@ class _Answers(BaseHTTPRequestHandler):
         self._send(code, b"", headers)
 
     def _send(self, code: int, body: bytes, headers: dict[str, str]) -> None:
+        more = self.hub.more if self.hub.more_at in self.path else 0
+        if self.hub.packed and body:
+            body, headers = gzip.compress(body), headers | {"Content-Encoding": "gzip"}
         self.send_response(code)
-        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+        for key, value in (headers | {"Content-Length": str(len(body) + more)}).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -173,19 +190,9 @@ class _Answers(BaseHTTPRequestHandler):
             self.hub.cuts -= 1
             body = body[: len(body) // 2]
             self.close_connection = True
-        self.wfile.write(body)
-
-
-def _tree(repository: Repository, folder: str) -> list[dict[str, Any]]:
-    inside = {path: data for path, data in repository.files.items() if path.startswith(f"{folder}/")}
-    rows = []
-    for path, data in inside.items():
-        name, slash, _ = path.removeprefix(f"{folder}/").partition("/")
-        if slash:
-            rows.append({"type": "directory", "path": f"{folder}/{name}", "oid": "0" * 40, "size": 0})
-        else:
-            facts = entry(data, path)
-            row = {"type": "file", "path": path, "oid": facts["blobId"], "size": facts["size"]}
-            lfs = facts.get("lfs")
-            rows.append(row | ({"lfs": lfs | {"oid": lfs["sha256"]}} if lfs else {}))
-    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+        with contextlib.suppress(ConnectionError):  # who asked takes no more
+            for data in (body, *(bytes(BLOCK) for _ in range(more // BLOCK))):
+                self.wfile.write(data)
+                self.hub.sent += len(data)
+            return
+        self.close_connection = True

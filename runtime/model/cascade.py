@@ -62,7 +62,7 @@ def parse_cascade(raw: bytes, path: Path) -> CascadeManifest:
 
 def _cascade(data: dict[str, Any]) -> CascadeManifest:
     if not checks.is_orientation(data["orientation"]):
-        raise ValueError(f"orientation {data['orientation']!r} is not three axis codes such as LPS")
+        raise ValueError(f"orientation {checks.short(data['orientation'])} is not three axis codes such as LPS")
     plausible, fill = data["plausible_mm3"], data["fill"]
     if plausible is not None:
         low, high = (checks.finite(value) for value in plausible)

@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,43 @@ from edgemuse.runtime.scan.types import Shape, Spacing
 
 SPACING_RANGE = (1e-3, 1e3)
 """mm"""
+MAX_TEXT = 1000
+"""Characters of a line of text."""
+MAX_DEPTH = 32
+"""Of lists and objects inside one another: who walks through them may do so by recursion."""
+MAX_CONTAINERS, MAX_VALUES = 1 << 18, 1 << 20
+"""Lists and objects, and commas between values: each becomes an object of Python, up to a hundred times its size."""
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel = 2
 T = TypeVar("T")
+
+
+def short(value: object) -> str:
+    """What `value` looks like, in less than a line."""
+    try:
+        return BRIEF.repr(value).replace("\n", " ")
+    except Exception:  # as of a number of more digits than Python writes
+        return f"a {type(value).__name__}"
+
+
+def parse_json(raw: bytes) -> Any:
+    """What the JSON text `raw` says, as long as it is neither huge nor nested deeply; raises ValueError."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_VALUES:
+        raise ValueError("it has too many values")
+    try:
+        data = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return data
+
+
+def _children(node: object) -> Iterable[object]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def is_orientation(codes: object) -> bool:
@@ -28,28 +65,28 @@ def is_orientation(codes: object) -> bool:
 def sha256(digest: object) -> str:
     """64 hexadecimal digits."""
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise ValueError(f"{digest!r} is not a SHA-256")
+        raise ValueError(f"{short(digest)} is not a SHA-256")
     return digest
 
 
 def text(value: object) -> str:
-    """One line of printable text."""
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"{value!r} is not a line of printable text")
+    """One line of printable text, of at most `MAX_TEXT` characters."""
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_TEXT:
+        raise ValueError(f"{short(value)} is not a line of printable text")
     return value
 
 
 def boolean(value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither true nor false")
+        raise ValueError(f"{short(value)} is neither true nor false")
     return value
 
 
 def integer(value: object, low: int, high: int) -> int:
     """A whole number from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+        raise ValueError(f"{short(value)} is not a whole number from {low} to {high}")
     return value
 
 
@@ -57,7 +94,7 @@ def number(value: object, low: float, high: float) -> float:
     """A number from `low` to `high`."""
     number = finite(value)
     if not low <= number <= high:
-        raise ValueError(f"{value!r} is not from {low:g} to {high:g}")
+        raise ValueError(f"{short(value)} is not from {low:g} to {high:g}")
     return number
 
 
@@ -69,21 +106,21 @@ def optional(check: Callable[..., T], value: object, *limits: float) -> T | None
 def one_of(value: object, choices: tuple[str, ...], what: str) -> str:
     """One of `choices`; `what` they are is named in the error."""
     if value not in choices:
-        raise ValueError(f"{value!r} is no {what} of {', '.join(choices)}")
+        raise ValueError(f"{short(value)} is no {what} of {', '.join(choices)}")
     return str(value)
 
 
 def listed(value: object) -> list[Any]:
     """A list."""
     if not isinstance(value, list):
-        raise ValueError(f"{value!r} is not a list")
+        raise ValueError(f"{short(value)} is not a list")
     return value
 
 
 def finite(value: object) -> float:
     """A number that is neither NaN nor infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
+        raise ValueError(f"{short(value)} is not a finite number")
     return float(value)
 
 
@@ -108,15 +145,15 @@ def document(raw: bytes, path: Path, name: str, format: str, known: int) -> dict
     Raises BundleError if it is no JSON object of this `format` and in the version that is `known`.
     """
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(raw)
+    except ValueError as error:
         raise BundleError(f"{path}: {name} is not valid JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != format:
         raise BundleError(f"{path}: {name} does not describe an edgemuse bundle")
     version = data.get("format_version")
     if version != known:
         raise BundleError(
-            f"{path}: bundle format {version!r}, this edgemuse reads {known}; upgrade edgemuse or export again"
+            f"{path}: bundle format {short(version)}, this edgemuse reads {known}; upgrade edgemuse or export again"
         )
     return data
 
@@ -134,5 +171,5 @@ def reported(path: Path, name: str) -> Iterator[None]:
 def color(value: object) -> str | None:
     """None, or a color such as #1e90ff."""
     if value is not None and not COLOR.fullmatch(text(value)):
-        raise ValueError(f"{value!r} is not a color such as #1e90ff")
+        raise ValueError(f"{short(value)} is not a color such as #1e90ff")
     return None if value is None else text(value)

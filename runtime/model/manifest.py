@@ -16,7 +16,8 @@ from edgemuse.runtime.scan.types import Shape, Spacing
 MANIFEST = "bundle.json"
 FORMAT = "edgemuse-bundle"
 FORMAT_VERSION = 1
-MAX_FILE_BYTES = 8 << 30
+MAX_FILE_BYTES = 2 << 30
+"""An ONNX file is one protobuf message, which cannot be larger."""
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 STORED_PRECISIONS = ("fp32", "fp16", "int8")
 """Precisions that have a graph of their own. For bf16 the backend is told to run the fp32 graph in bf16."""
@@ -228,10 +229,10 @@ def _gate_row(data: dict[str, Any]) -> GateRow:
 def _network(data: dict[str, Any]) -> Network:
     norm = data["normalization"]
     if norm["scheme"] not in get_args(NormalizationScheme):
-        raise ValueError(f"unknown normalization scheme {norm['scheme']!r}")
+        raise ValueError(f"unknown normalization scheme {checks.short(norm['scheme'])}")
     orientation = data["orientation"]
     if orientation is not None and not checks.is_orientation(orientation):
-        raise ValueError(f"orientation {orientation!r} is not three axis codes such as LPS")
+        raise ValueError(f"orientation {checks.short(orientation)} is not three axis codes such as LPS")
     transpose = checks.three_integers(data["transpose"], 0, 2)
     if sorted(transpose) != [0, 1, 2]:
         raise ValueError(f"transpose {transpose} is not a permutation of 0, 1, 2")
@@ -274,7 +275,7 @@ def _resampling(data: dict[str, Any], max_order: int) -> Resampling:
 
 def _file_name(name: object) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name == MANIFEST:
-        raise ValueError(f"{name!r} is not a plain file name inside the bundle")
+        raise ValueError(f"{checks.short(name)} is not a plain file name inside the bundle")
     return name
 
 

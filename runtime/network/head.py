@@ -24,6 +24,8 @@ from edgemuse.runtime.scan.types import Features, Labels, Shape
 
 BLOCK = 2048
 """Voxels whose logits exist at once: (2048, 152) float32 stays in the second-level cache."""
+MOST_LOGITS = 512 * BLOCK
+"""Logits that exist at once, however many classes there are."""
 
 
 def class_dtype(classes: int) -> np.dtype[np.unsignedinteger]:
@@ -39,19 +41,20 @@ def classify(features: Features, head: Head | None, classes: int) -> Labels:
         head: from features to logits.
         classes: C.
     """
+    rows = min(max(MOST_LOGITS // classes, 1), BLOCK)
     flat = features.reshape(-1, features.shape[-1])
     labels = np.empty(len(flat), class_dtype(classes))
     if head is not None:  # the bias as one more feature, which is always 1
         weight = np.vstack([head.weight.T, head.bias])
-        ones = np.ones((BLOCK, len(weight)), np.result_type(flat, weight))
-        product = np.empty((BLOCK, classes), ones.dtype)
-    for start in range(0, len(flat), BLOCK):
-        logits = flat[start : start + BLOCK]
+        ones = np.ones((rows, len(weight)), np.result_type(flat, weight))
+        product = np.empty((rows, classes), ones.dtype)
+    for start in range(0, len(flat), rows):
+        logits = flat[start : start + rows]
         if head is not None:
             block, out = ones[: len(logits)], product[: len(logits)]
             block[:, :-1] = logits
             logits = np.matmul(block, weight, out=out)
-        labels[start : start + BLOCK] = logits.argmax(axis=1)
+        labels[start : start + rows] = logits.argmax(axis=1)
     return labels.reshape(features.shape[:-1])
 
 

@@ -79,8 +79,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Upper bound for one scan, from its header alone: a scan that is not 0 anywhere is not cropped.
 
-    `graph_bytes`: of the fp32 graph. `tiles` None: patches, with features added up over their overlaps. `engine`:
-    backend and precision. `half_sums`: of how many folds logits are added up in half precision instead.
+    `graph_bytes`: of the fp32 graph, or of the one that is run if that is larger. `tiles` None: patches, with features
+    added up over their overlaps. `engine`: backend and precision. `half_sums`: of how many folds logits are added up in
+    half precision instead.
     """
     patch, single = (network.patch, False) if tiles is None else (tiles.patch, tiles.count == 1)
     turn = reorientation(scan.affine, network.orientation, network.transpose)

@@ -119,7 +119,9 @@ class Segmenter(Pipeline[Loaded]):
 
     def plan(self, scan: Scan, tiles: TilePlan | None = None) -> MemoryPlan:
         """The memory that `scan` will take at most, with `tiles` or with patches."""
-        graph_bytes = self.bundle.manifest.files[self.bundle.manifest.graphs["fp32"]].bytes
+        graphs, files = self.bundle.manifest.graphs, self.bundle.manifest.files
+        stored = {"fp32", stored_precision(self.chosen.precision)}
+        graph_bytes = max(files[name].bytes for precision, name in graphs.items() if precision in stored)
         engine = (self.chosen.backend, self.chosen.precision)
         folds = 1 if self.head is None else self.head.folds
         sums = folds if self.profile.half_sums else 0

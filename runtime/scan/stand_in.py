@@ -20,6 +20,8 @@ def stand_in(path: Path) -> str:
     try:
         if path.is_symlink() and not path.exists():
             return what_stands_in(os.fsencode(os.readlink(path)))
+        if not path.is_file():  # of a pipe, opening it would wait for somebody to write
+            return ""
         with path.open("rb") as file:
             return what_stands_in(file.read(HEAD_BYTES))
     except OSError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CommandLine, head_image, replace_file, snapshot, tiny_bundle, write_scan, zip_bundle
+from bundles import CommandLine, head_image, replace_graph, snapshot, tiny_bundle, write_scan, zip_bundle
 from unets import unet
 
 pytest.importorskip("nncf", reason="NNCF is not installed: pip install '.[calibrate]'")
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bundle_at(path: Path, **changes: Any) -> Path:
-    return replace_file(tiny_bundle(path, stride=(2, 2, 2), **changes), "fp32.onnx", graph_bytes(unet()))
+    return replace_graph(tiny_bundle(path, stride=(2, 2, 2), **changes), graph_bytes(unet()))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from bundles import CommandLine, head_image, replace_file, snapshot, tiny_bundle, tiny_cascade, write_scan, zip_bundle
+from bundles import CommandLine, head_image, replace_graph, snapshot, tiny_bundle, tiny_cascade, write_scan, zip_bundle
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -62,7 +62,7 @@ def stages(folder: Path) -> tuple[Path, Path]:
     """A network that finds the brighter half of a scan, and a random U-Net."""
     mask = tiny_bundle(folder / "mask.bundle", classes=2, deferred=False, threshold=True)
     regions = tiny_bundle(folder / "regions.bundle", stride=(2, 2, 2))
-    return mask, replace_file(regions, "fp32.onnx", graph_bytes(unet()))
+    return mask, replace_graph(regions, graph_bytes(unet()))
 
 
 def cascade_at(path: Path) -> Path:

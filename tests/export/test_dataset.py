@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,13 @@ def test_modality_is_the_old_name_of_channels(tmp_path: Path) -> None:
         ({"channel_names": {"0": "T1", "1": "FLAIR"}}, "2 input channels"),
         ({"channel_names": ["T1"]}, "must map names to values"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, "overlapping regions"),
-        ({"labels": {"background": 0, "whole": [1]}}, "overlapping regions"),
-        ({"regions_class_order": [1, 2]}, "overlapping regions"),
+        ({"labels": {"background": 0, "whole": [1, 1]}}, "overlapping regions"),
+        ({"labels": {"background": 0, "whole": [[1]]}}, "whole number"),
+        ({"labels": {"background": 0, "whole": "one"}}, "whole number"),
+        ({"labels": {"background": 0, "whole": "1" * 5000}}, "whole number"),
+        ({"labels": {"background": 0, "whole": 1.5}}, "whole number"),
+        ({"labels": {"background": 0, "whole": True}}, "whole number"),
+        ({"labels": {"background": 0, "whole": 1e400}}, "whole number"),
         ({"labels": {"0": "background"}}, "whole number"),
         ({"labels": {"background": -1}}, "whole number"),
         ({"labels": {"a\nb": 0}}, "one line"),
@@ -51,6 +57,37 @@ def test_modality_is_the_old_name_of_channels(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelFolderError, match=reason):
         read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": {"background": "0", "hippocampus": "2"}},
+        {"labels": {"background": 0, "hippocampus": [2]}},
+        {"labels": {"background": 0, "hippocampus": ["2"], "nothing": []}},
+        {"labels": {"background": 0.0, "hippocampus": 2.0}},
+        {"regions_class_order": [1, 2]},
+        {"regions_class_order": []},
+    ],
+)
+def test_plain_labels_in_other_words(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert read(tmp_path, **changes).names == {0: "background", 2: "hippocampus"}
+
+
+def test_label_manager_of_nnunet_says_the_same(tmp_path: Path) -> None:
+    """What is plain labels to nnU-Net is so here, and what is regions to it is refused."""
+    handling = pytest.importorskip("nnunetv2.utilities.label_handling.label_handling", reason="nnU-Net decides")
+    for value, order in itertools.product(("2", [2], [], [1, 2], 2.0, ["2"]), (None, [1], [])):
+        labels = {"background": 0, "hippocampus": 1, "other": value}
+        try:
+            names = read(tmp_path, labels=labels, regions_class_order=order).names
+        except ModelFolderError:
+            assert isinstance(value, list)
+            assert len(value) > 1
+            continue
+        manager = handling.LabelManager(labels, order)
+        assert not manager.has_regions
+        assert sorted(names) == manager.all_labels
 
 
 def test_labels_beyond_the_network(tmp_path: Path) -> None:

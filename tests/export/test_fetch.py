@@ -325,6 +325,68 @@ def test_a_hostile_hub(changes: dict[str, Any], reason: str, hub: Hub, store: Pa
     assert (hub.served, snapshot(store.parent.parent)) == ([], before)
 
 
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("/api/", "it sends more than the 16777216 bytes that were asked for"),
+        ("plans.json", "bytes that were asked for"),
+        ("/cdn/", "bytes that were asked for"),
+    ],
+)
+def test_no_more_is_taken_than_was_announced(where: str, reason: str, hub: Hub, store: Path, cli: CommandLine) -> None:
+    """8 GiB follow what was asked for, and would be taken if they were read."""
+    hub.more, hub.more_at = 8 << 30, where
+    ran = cli(*FETCH)
+    assert (ran.code, ran.out) == (2, "")
+    assert "not like the hub" in ran.err.splitlines()[-1]
+    assert reason in ran.err.splitlines()[-1]
+    assert hub.sent < 64 << 20  # what the sockets hold, and 16 MiB
+    assert not (store / "dlmuse.zip").exists()
+
+
+def test_refusal_of_8_gib_is_not_read(hub: Hub, store: Path, cli: CommandLine) -> None:
+    hub.repositories[DLICV.repository].gated = True
+    hub.more, hub.more_at = 8 << 30, "/resolve/"
+    ran = cli(*FETCH)
+    assert (ran.code, ran.out) == (2, "")
+    assert "access on request" in ran.err.splitlines()[-1]
+    assert hub.sent < 64 << 20
+
+
+def test_packed_content_is_not_unpacked(hub: Hub, store: Path, cli: CommandLine) -> None:
+    """The library would unpack it, whatever its size."""
+    hub.packed = True
+    ran = cli(*FETCH)
+    assert (ran.code, ran.out) == (2, "")
+    assert "it sends packed content" in ran.err.splitlines()[-1]
+    assert not (store / "dlmuse.zip").exists()
+
+
+def test_a_proxy_that_does_not_know_of_parts(hub: Hub, store: Path) -> None:
+    whole = len(content(hub, DLMUSE, CHECKPOINT))
+    hub.ranges = False
+    with pytest.raises(ModelFolderError, match="it sends more than the 20000 bytes"):
+        hub_module.download(remote(), store / "new")
+    (store / "old" / "fold_0").mkdir(parents=True)
+    (store / "old" / f"{CHECKPOINT}.part").write_bytes(bytes(whole - 10))
+    with pytest.raises(ModelFolderError, match="it does not go on within a file"):
+        hub_module.download(remote(), store / "old")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_is_asked_again(status: int, hub: Hub, store: Path) -> None:
+    hub.busy = [status, status]
+    assert downloaded(hub, hub_module.download(remote(), store))
+    assert hub.busy == []
+
+
+def test_a_hub_that_stays_busy(hub: Hub, store: Path) -> None:
+    hub.busy = [503] * 5
+    with pytest.raises(ModelFolderError, match="the hub answered 503; run this again later"):
+        hub_module.download(remote(), store)
+    assert hub.busy == []
+
+
 @pytest.mark.parametrize("name", ["../dlmuse", "/tmp/dlmuse", ".dlmuse", "edgemuse-t1"])
 def test_a_name_that_cannot_be_had(name: str, hub: Hub, store: Path, cli: CommandLine) -> None:
     ran = cli(*FETCH, f"--name={name}")

@@ -20,8 +20,9 @@ from edgemuse.engines.registry import NAMES, open_engine
 from edgemuse.export import graph as graph_module
 from edgemuse.export.architecture import backbone, load_network
 from edgemuse.export.checkpoint import read_checkpoints
-from edgemuse.export.graph import activation_bytes, export_graph, halve_weights
+from edgemuse.export.graph import export_graph, halve_weights
 from edgemuse.export.plans import read_plan
+from edgemuse.runtime.model.graph import inspect_graph
 
 
 def test_no_path_nor_user_of_this_machine(exported: Any) -> None:
@@ -85,7 +86,7 @@ def test_activation_bytes_of_a_chain() -> None:
     ]
     raw = make_graph(nodes, {"w1": (6, 1, 1, 1, 1), "w2": (2, 6, 1, 1, 1)}, 2)
     # The image (1 channel) with a (6); then a with b (6 + 6); then b with features (6 + 2).
-    assert activation_bytes(raw, (4, 6, 8)) == 4 * 12
+    assert inspect_graph(raw).activation_bytes == 4 * 12
 
 
 def test_activation_bytes_with_a_skip_connection() -> None:
@@ -99,7 +100,7 @@ def test_activation_bytes_with_a_skip_connection() -> None:
     ]
     raw = make_graph(nodes, {"w1": (8, 1, 1, 1, 1), "w2": (8, 3, 2, 2, 2)}, 11)
     # At Concat: up (3), the skip a (8) and the result (11); what is low counts an eighth and is gone by then.
-    assert activation_bytes(raw, (8, 8, 8)) == 4 * 22
+    assert inspect_graph(raw).activation_bytes == 4 * 22
 
 
 def test_unknown_operations_are_refused() -> None:
@@ -136,7 +137,7 @@ def test_halved_weights_are_the_same_weights(exported: Any, monkeypatch: pytest.
     halved = model.SerializeToString()
     patch = exported.bundle.manifest.network.patch
     assert len(halved) < 0.75 * len(whole)
-    assert activation_bytes(halved, patch) == activation_bytes(whole, patch)
+    assert inspect_graph(halved) == inspect_graph(whole)
     batch = np.random.default_rng(0).standard_normal((1, 1, *patch)).astype(np.float32)
     for backend in NAMES:
         results = []

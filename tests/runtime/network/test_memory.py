@@ -13,6 +13,7 @@ from bundles import (
     edit_manifest,
     head_image,
     replace_file,
+    replace_graph,
     run_process,
     tiny_bundle,
     write_scan,
@@ -21,7 +22,7 @@ from unets import unet
 
 from edgemuse.engines.errors import MemoryLimitError
 from edgemuse.runtime.model.bundle import open_bundle
-from edgemuse.runtime.model.manifest import MANIFEST, Network
+from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.network import memory
 from edgemuse.runtime.network.memory import MemoryPlan, check_memory, gib, plan_memory
 from edgemuse.runtime.scan.nifti import Scan, open_scan
@@ -136,21 +137,15 @@ def test_peak_stays_below_the_plan(case: str, profile: str, idle: int, tmp_path:
 def test_peak_stays_below_the_plan_in_lower_precision(backend: str, precision: str, idle: int, tmp_path: Path) -> None:
     """Of a U-Net: its decoder holds the most at once."""
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    pytest.importorskip("torch", reason="what a graph holds is found by export: pip install '.[export]'")
     from edgemuse.bench.measure.uncalibrated import to_int8
     from edgemuse.calibration.half import half_precision
-    from edgemuse.export.graph import activation_bytes
 
     tiny = {"patch": (96, 96, 96), "features": 24, "stride": (2, 2, 2)}
     model = tiny_bundle(tmp_path / "b", **tiny)
     graph = unet(out=24).SerializeToString()
     convert = {"int8": to_int8, "fp16": half_precision}[precision]
-    for name, data in (("fp32.onnx", graph), ("low.onnx", convert(graph))):
-        replace_file(model, name, data)
-    network = json.loads((model / MANIFEST).read_text())["network"] | {
-        "activation_bytes": activation_bytes(graph, (96, 96, 96))
-    }
-    edit_manifest(model, graphs={"fp32": "fp32.onnx", precision: "low.onnx"}, network=network)
+    replace_file(replace_graph(model, graph), "low.onnx", convert(graph))
+    edit_manifest(model, graphs={"fp32": "fp32.onnx", precision: "low.onnx"})
     scan = write_scan(tmp_path / "t1.nii", np.maximum(head_image((96, 96, 96)), 1), (2.0, 2.0, 2.0))
     planned, peak = run_model(
         model, tmp_path, scan, "--profile", "balanced", "--backend", backend, "--precision", precision
