@@ -163,6 +163,7 @@ def test_failed_writing_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr("edgemuse.export.writer.place_new", full)
     with pytest.raises(OutputError, match="No space left"):
         writer.write_bundle(tmp_path / output, exported.bundle.manifest, _files(exported))
     assert list(tmp_path.iterdir()) == []

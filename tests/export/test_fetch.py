@@ -318,11 +318,11 @@ def test_a_hostile_hub(changes: dict[str, Any], reason: str, hub: Hub, store: Pa
     if isinstance(changes.get("siblings"), list) and not {"rfilename", "name"} & changes["siblings"][0].keys():
         changes = {"siblings": siblings(hub, **changes["siblings"][0])}
     hub.overrides = changes
-    before = snapshot(store.parent.parent)
+    before = snapshot(store.parent)
     ran = cli(*FETCH)
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert reason in ran.err
-    assert (hub.served, snapshot(store.parent.parent)) == ([], before)
+    assert (hub.served, snapshot(store.parent)) == ([], before)
 
 
 @pytest.mark.parametrize(

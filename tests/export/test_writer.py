@@ -10,6 +10,7 @@ import pytest
 from bundles import snapshot, tiny_bundle, zip_bundle
 
 from edgemuse.engines.errors import OutputError
+from edgemuse.export import writer
 from edgemuse.export.writer import replace_bundle
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 
@@ -79,3 +80,22 @@ def test_a_link_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="a link"):
         replace_bundle(bundle, *renamed(bundle))
     assert link.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["new.zip", "new.bundle"])
+def test_what_appears_meanwhile_is_not_replaced(
+    name: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last look, just before the bundle takes its place."""
+    output, looks = tmp_path / name, []
+
+    def look(path: Path) -> None:
+        looks.append(path)
+        if len(looks) == 2:
+            path.write_bytes(b"mine")
+
+    monkeypatch.setattr(writer, "check_output", look)
+    with pytest.raises(OutputError, match="cannot be written"):
+        writer.write_bundle(output, *renamed(bundle))
+    assert output.read_bytes() == b"mine"
+    assert not list(tmp_path.glob(".*"))
