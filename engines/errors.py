@@ -12,6 +12,11 @@ EdgemuseError                   exit code 1
 Messages are one line: what was expected, what was found, how to mend it.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class EdgemuseError(Exception):
     """Root of all errors that a caller may want to catch; `exit_code` is what the command line returns."""
@@ -59,7 +64,35 @@ class VerificationError(EdgemuseError):
     """An exported graph does not reproduce the PyTorch network."""
 
 
+def printable(text: object) -> str:
+    r"""`text` with what a terminal would act on written out: escapes, line breaks, marks that turn the reading order.
+
+    Of the letters of every language nothing changes; `\x1b[2J` becomes those seven characters.
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in line
+    )
+
+
 def one_line(text: object) -> str:
-    """What others wrote, as one line without what a terminal would act on; of an error without words its class."""
-    line = "".join(character for character in " ".join(str(text).split()) if character.isprintable())
+    """What others wrote, as one printable line with single spaces; of an error without words its class."""
+    line = printable(" ".join(str(text).split()))
     return line or (type(text).__name__ if isinstance(text, BaseException) else "")
+
+
+@contextlib.contextmanager
+def foreign(kind: type[EdgemuseError], what: str) -> Iterator[None]:
+    """Turn whatever code of others raises inside the block into an error of this `kind`, which says `what` failed.
+
+    A library is not held to a list of exceptions: the next version, or the next damaged input, raises another one.
+    Errors of edgemuse pass.
+    """
+    try:
+        yield
+    except EdgemuseError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({one_line(error)})") from error

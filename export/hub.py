@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from edgemuse.engines.errors import ModelFolderError, OutputError, one_line
+from edgemuse.runtime.cli.terminal import bar
 from edgemuse.runtime.model.manifest import MAX_FILE_BYTES
 
 FILES = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
@@ -133,7 +132,7 @@ def _bar(remote: Remote, file: RemoteFile) -> Any:
     """A bar on stderr where that is a terminal, else one line."""
     size = f", {file.bytes / 1e6:.0f} MB" if file.bytes > 1e6 else ""
     label = f"getting {remote.repository} {Path(file.name).name}{size}"
-    return click.progressbar(length=file.bytes, label=label, file=sys.stderr)
+    return bar(label, file.bytes)
 
 
 def _is_right(path: Path, file: RemoteFile) -> bool:

@@ -281,7 +281,7 @@ class CommandLine:
     def __call__(self, *arguments: object) -> Ran:
         """Run `edgemuse ARGUMENTS`."""
         loggers = [logging.getLogger(name) for name in ("edgemuse", "nibabel.global")]
-        before = [(logger.level, logger.handlers) for logger in loggers]
+        before = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
         argv = ["edgemuse", *map(str, arguments)]
         self.capfd.readouterr()
         with (
@@ -289,9 +289,9 @@ class CommandLine:
             mock.patch.object(sys, "argv", argv),
         ):
             code = _exit_code(main)
-        for logger, (level, handlers) in zip(loggers, before, strict=True):
+        for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
             logger.setLevel(level)
-            logger.handlers = handlers
+            logger.handlers, logger.propagate = handlers, propagate
         return ran(code, *self.capfd.readouterr())
 
 

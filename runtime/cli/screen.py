@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemuse.engines.errors import EdgemuseError, one_line
+from edgemuse.runtime.cli.terminal import note, progress, say_paths, watched
 
 if TYPE_CHECKING:
     from edgemuse.runtime.batch.jobs import Job
@@ -29,15 +29,20 @@ def guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
     except (EdgemuseError, MemoryError, OSError) as error:
         if debug:
             raise
-        click.echo(f"edgemuse: {_named(error, about)}", err=True)
+        note(f"edgemuse: {_named(_words(error), about)}")
         return error.exit_code if isinstance(error, EdgemuseError) else FAILURE
     except (click.ClickException, click.exceptions.Abort, click.exceptions.Exit):
         raise
     except Exception as error:
         if debug:
             raise
-        click.echo(f"edgemuse: internal error: {_named(error, about)}; --debug shows where", err=True)
+        note(f"edgemuse: internal error: {_named(error, about)}; --debug shows where")
         return FAILURE
+
+
+def _words(error: Exception) -> str:
+    words = one_line(error)
+    return f"there is not enough memory ({words}); close other programs" if isinstance(error, MemoryError) else words
 
 
 def _named(text: object, about: str) -> str:
@@ -45,24 +50,23 @@ def _named(text: object, about: str) -> str:
     return line if about in line else f"{about}: {line}"
 
 
-class _Line(logging.Formatter):
-    """Lines of the log, which name what they are `about` at that moment."""
+class _Lines(logging.Handler):
+    """The log as lines on stderr, which name what they are `about` at that moment."""
 
     def __init__(self, about: Callable[[], str]) -> None:
         super().__init__()
         self.about = about
 
-    def format(self, record: logging.LogRecord) -> str:
-        return f"edgemuse: {_named(super().format(record), self.about())}"
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"edgemuse: {_named(record.getMessage(), self.about())}")
 
 
 def show_log(verbose: bool, about: Callable[[], str] = str) -> None:
     """Show warnings of edgemuse on stderr, and with `verbose` what it does; `about` names the scan it is about."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Line(about))
     logger = logging.getLogger("edgemuse")
-    logger.handlers = [handler]
+    logger.handlers = [_Lines(about)]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False  # a library that sets up the root logger would say every line again
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong with a header, edgemuse says
 
 
@@ -87,7 +91,7 @@ class Screen:
             start = time.perf_counter()
             yield advance
         self._begun += 1
-        if not sys.stderr.isatty():
+        if not watched():
             self._line(job, time.perf_counter() - start)
 
     def elsewhere(self, job: Job, seconds: float | None) -> None:
@@ -121,7 +125,7 @@ class Screen:
 
     def written(self, paths: list[Path]) -> None:
         """The paths of the results, on stdout."""
-        click.echo("\n".join(map(str, paths)))
+        say_paths(paths)
 
     def summary(self, counts: Counts) -> None:
         """How many scans came to what."""
@@ -131,7 +135,7 @@ class Screen:
             self._say(f"{self.total} scans: {said}; {_duration(time.perf_counter() - self._started)}")
 
     def _say(self, line: str) -> None:
-        click.echo(f"edgemuse: {line}", err=True)
+        note(f"edgemuse: {one_line(line)}")
 
 
 def _duration(seconds: float) -> str:
@@ -141,18 +145,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of tiles on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    with click.progressbar(length=1, label=label, file=sys.stderr, show_eta=True) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield advance
