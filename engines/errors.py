@@ -2,6 +2,7 @@
 
 EdgemuseError                   exit code 1
 ├── InputError                  2   the scan cannot be segmented as it is
+│   └── LabelMapError           2   the file holds labels and no scan
 ├── BundleError                 2   the bundle is damaged, foreign or from a newer version
 ├── ModelFolderError            2   the nnU-Net model folder cannot be fetched or exported
 ├── BackendError                2   the backend, device or precision asked for is not usable here
@@ -28,6 +29,10 @@ class InputError(EdgemuseError):
     """The scan cannot be segmented as it is."""
 
     exit_code = 2
+
+
+class LabelMapError(InputError):
+    """The file holds labels and no scan: found in a folder, it is passed over."""
 
 
 class BundleError(EdgemuseError):

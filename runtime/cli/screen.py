@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemuse.engines.errors import EdgemuseError, one_line
+from edgemuse.engines.errors import EdgemuseError, LabelMapError, one_line
 from edgemuse.runtime.cli.terminal import note, progress, say_paths, watched
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class Screen:
         self._handled += 1
         self._say(f"{job.scan}: done already, skipped; --overwrite does it again")
 
+    def passed_over(self, job: Job, why: LabelMapError) -> None:
+        """It was found in a folder and is no scan."""
+        self._say(f"passed over: {why}")
+
     def waiting(self, count: int) -> None:
         """Other processes work on the `count` scans that are left."""
         if not self._waiting:
@@ -130,7 +134,12 @@ class Screen:
     def summary(self, counts: Counts) -> None:
         """How many scans came to what."""
         if self.total > 1:
-            rows = [(counts.segmented, "segmented"), (counts.skipped, "done before"), (len(counts.codes), "failed")]
+            rows = [
+                (counts.segmented, "segmented"),
+                (counts.skipped, "done before"),
+                (counts.passed_over, "passed over"),
+                (len(counts.codes), "failed"),
+            ]
             said = ", ".join(f"{count} {what}" for count, what in rows if count)
             self._say(f"{self.total} scans: {said}; {_duration(time.perf_counter() - self._started)}")
 

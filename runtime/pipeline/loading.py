@@ -14,6 +14,7 @@ from edgemuse.runtime.network.memory import MemoryPlan, check_memory
 from edgemuse.runtime.network.preprocess import Prepared
 from edgemuse.runtime.pipeline.stopwatch import Stopwatch
 from edgemuse.runtime.results import picture
+from edgemuse.runtime.scan.label_maps import refuse_label_map
 from edgemuse.runtime.scan.nifti import Scan, file_sha256, open_scan, read_image
 from edgemuse.runtime.scan.types import Image
 
@@ -56,4 +57,5 @@ def load(path: str | Path, plan: Callable[[Scan], MemoryPlan], max_ram: float | 
         check_memory(scan, memory, max_ram)
         log.info("memory: %s", memory)
         image = read_image(scan)
+        refuse_label_map(scan, image)
         return Loaded(scan, memory, picture.to_bytes(image), None, watch, file_sha256(scan.path)), image
