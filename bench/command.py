@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 import click
 
 from edgemuse.runtime.cli.extras import needs_extra
+from edgemuse.runtime.cli.terminal import note, say, say_paths
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -113,7 +113,7 @@ def run(
         from edgemuse.bench.benchmark import Request, benchmark
     count = repeats or (QUICK_REPEATS if quick else REPEATS)
     request = Request(bundle, output, data, reference, asked, count, threads, mapping, quick, scaling, mlperf, _typed())
-    click.echo(benchmark(request, partial(click.echo, err=True)))
+    say_paths([benchmark(request, note)])
 
 
 @bench.command(short_help="Set two reports side by side.")
@@ -126,7 +126,7 @@ def compare(first: Path, second: Path) -> None:
     """
     with needs_extra("bench", "benchmarking", "a package"):
         from edgemuse.bench.report.compare import compare as compared
-    click.echo(compared(first, second), nl=False)
+    say(*compared(first, second).splitlines())
 
 
 @bench.command(short_help="Show whether a study would find the same with either method's volumes.")
@@ -145,7 +145,7 @@ def downstream(reference: Path, engine: Path, covariates: Path) -> None:
     """
     with needs_extra("bench", "benchmarking", "a package"):
         from edgemuse.bench.report.downstream import downstream as compared
-    click.echo(compared(reference, engine, covariates), nl=False)
+    say(*compared(reference, engine, covariates).splitlines())
 
 
 def _typed() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
 
 from edgemuse.runtime.cli.extras import needs_extra
 from edgemuse.runtime.cli.options import model_dir_option
+from edgemuse.runtime.cli.terminal import note, say_paths
 
 
 @click.command(short_help="Add int8 and fp16 to a bundle, accuracy measured.")
@@ -52,4 +52,4 @@ def calibrate(bundle: Path, data: Path, output: Path | None, model_dir: Path | N
     from edgemuse.runtime.model.store import find_model
 
     source = find_model(bundle, model_dir)
-    click.echo(module.calibrate(source, data, output or source, partial(click.echo, err=True)))
+    say_paths([module.calibrate(source, data, output or source, note)])

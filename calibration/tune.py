@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +17,7 @@ from edgemuse.calibration.scans import Source, find_scans
 from edgemuse.engines.errors import BackendError, InputError, MemoryLimitError
 from edgemuse.runtime.cli.describe import tuned_lines
 from edgemuse.runtime.cli.options import model_dir_option
+from edgemuse.runtime.cli.terminal import note, say
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.folders import default_cache_dir
@@ -61,12 +61,12 @@ def tune(bundle: Path | None, data: Path, model_dir: Path | None) -> None:
     scans = find_scans(data)
     if not scans:
         raise InputError(f"{data}: no scans there; put a T1 (.nii.gz) into it that is like those to be segmented")
-    progress = partial(click.echo, err=True)
+    progress = note
     with tempfile.TemporaryDirectory(prefix="edgemuse-") as folder:
         for role, network, scan in _networks(opened, scans[0], Path(folder), progress):
             tuned = measure_all(network, scan, lambda line, role=role: progress(role + line), seconds_of)  # type: ignore[misc]
             keep(default_cache_dir(), network.sha256, tuned)
-            click.echo("\n".join(role + line for line in tuned_lines(tuned)))
+            say(*(role + line for line in tuned_lines(tuned)))
 
 
 def _networks(

@@ -85,12 +85,12 @@ class ONNXRuntimeEngine:
 
     def infer(self, batch: Batch) -> Batch:
         """Run the network once into a fresh array."""
-        name = self._session.get_inputs()[0].name
         try:
+            name = self._session.get_inputs()[0].name
             features: Batch = self._session.run(None, {name: batch})[0]
+            return np.require(features, requirements=["C", "W"])
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed while running the network: {error}".splitlines()[0]) from error
-        return np.require(features, requirements=["C", "W"])
 
     def close(self) -> None:
         """Drop the session."""

@@ -75,7 +75,9 @@ class OpenVINOEngine:
             compiled = self._core.compile_model(model, self.device, self._config)
             self._start(compiled)
             exported = compiled.export_model() if keep else b""
-        except RuntimeError as error:
+        except BackendError:
+            raise
+        except Exception as error:  # whatever a graph makes it or the rewrites above raise
             raise BackendError(f"OpenVINO cannot compile the network: {_first_line(error)}") from error
         return exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
 
@@ -92,7 +94,7 @@ class OpenVINOEngine:
             except TypeError:  # before OpenVINO 2025.3
                 compiled = self._core.import_model(bytes(blob), self.device, self._config)
             self._start(compiled)
-        except (RuntimeError, ValueError, BackendError):
+        except Exception:  # then it is compiled again
             return False
         self._blob = blob
         cache.give_back(blob)
@@ -110,9 +112,9 @@ class OpenVINOEngine:
         """Run the network once; the result lies in the request's own buffer."""
         try:
             self._request.infer({0: ov.Tensor(batch, shared_memory=True)}, share_outputs=True)
-        except RuntimeError as error:
+            features: Output = np.moveaxis(self._request.get_output_tensor(0).data, -1, 1)
+        except Exception as error:
             raise BackendError(f"OpenVINO failed while running the network: {_first_line(error)}") from error
-        features: Output = np.moveaxis(self._request.get_output_tensor(0).data, -1, 1)
         return features
 
     def close(self) -> None:

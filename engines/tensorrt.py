@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     import tensorrt as trt
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import BackendError, one_line, pip_install
+from edgemuse.engines.errors import BackendError, foreign, one_line, pip_install
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 from edgemuse.engines.tensorrt_cuda import Stream, find_gpu, pinned
 
@@ -361,7 +361,5 @@ def _layers(network: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def _refusals(doing: str) -> Iterator[None]:
     """Turn what the bindings raise into a BackendError. They report by a TypeError that they made nothing."""
-    try:
+    with foreign(BackendError, f"TensorRT cannot {doing} the engine"):
         yield
-    except (RuntimeError, TypeError, MemoryError) as error:
-        raise BackendError(f"TensorRT cannot {doing} the engine: {one_line(error)}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edgemuse.export.writer import write_cascade
+from edgemuse.runtime.cli.terminal import say_paths
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.model.cascade import CascadeManifest
 from edgemuse.runtime.regions.labels import Label
@@ -51,7 +52,7 @@ def cascade(
     manifest = replace(manifest, name=name or manifest.name, keep_largest=keep_largest)
     if fill is not None:
         manifest = replace(manifest, fill=filled_label(second, fill))
-    click.echo(write_cascade(output, manifest, first, second))
+    say_paths([write_cascade(output, manifest, first, second)])
 
 
 def manifest_of(mask: Bundle, regions: Bundle, orientation: str = "LPS") -> CascadeManifest:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
 
 from edgemuse.runtime.cli.extras import needs_extra
+from edgemuse.runtime.cli.terminal import note, say_paths
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -87,6 +87,6 @@ def export(
         name=name,
         license=license,
         scans=scans,
-        progress=partial(click.echo, err=True),
+        progress=note,
     )
-    click.echo(exporter.export_model(model_folder, bundle, options))
+    say_paths([exporter.export_model(model_folder, bundle, options)])

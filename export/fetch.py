@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from edgemuse.engines.errors import OutputError
 from edgemuse.engines.files import discard_old
 from edgemuse.runtime.cli.extras import needs_extra
 from edgemuse.runtime.cli.options import model_dir_option
+from edgemuse.runtime.cli.terminal import note, say_paths
 
 if TYPE_CHECKING:
     from edgemuse.export.hub import Remote
@@ -78,9 +78,9 @@ def fetch(model: str, accept_license: bool, name: str | None, model_dir: Path | 
             f"nothing was downloaded. Licence of {terms}. Read it at {pages}; if you accept it, add --accept-license "
             f"to download {size:.1f} MB."
         )
-    click.echo(f"licence of {terms}", err=True)
+    note(f"licence of {terms}")
     _make(remotes, place)
-    click.echo(place)
+    say_paths([place])
 
 
 def _make(remotes: Sequence[Remote], place: Path) -> None:
@@ -133,7 +133,7 @@ def _export(network: Published, remote: Remote, folder: Path, work: Path, labels
         labels=labels,
         name=network.name,
         license=remote.license,
-        progress=partial(click.echo, err=True),
+        progress=note,
         origin={HUB: {"repository": remote.repository, "revision": remote.revision}},
     )
     return open_bundle(export_model(folder, work / network.name, options))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers
 
 from edgemuse.engines.errors import ModelFolderError, OutputError, one_line
+from edgemuse.runtime.cli.terminal import bar
 from edgemuse.runtime.model.checks import parse_json
 
 FILES = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
@@ -191,7 +190,7 @@ def _bar(remote: Remote, file: RemoteFile) -> Any:
     """A bar on stderr where that is a terminal, else one line."""
     size = f", {file.bytes / 1e6:.0f} MB" if file.bytes > 1e6 else ""
     label = f"getting {remote.repository} {Path(file.name).name}{size}"
-    return click.progressbar(length=file.bytes, label=label, file=sys.stderr)
+    return bar(label, file.bytes)
 
 
 def _is_right(path: Path, file: RemoteFile) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 import click
 from packaging.requirements import Requirement
 
+from edgemuse.runtime.cli.terminal import say
+
 OWN = ("edgemuse.engines", "edgemuse.runtime", "edgemuse.calibration", "edgemuse.export", "edgemuse.bench")
 """Packages of edgemuse, whose files an editable install does not list."""
 NEEDS = {
@@ -75,7 +77,7 @@ def footprint(system: str) -> int:
 def main() -> None:
     """Print the size of edgemuse, of nnunetv2 with PyTorch, and their ratio."""
     ours, theirs = footprint("edgemuse/openvino"), footprint("nnunet")
-    click.echo(f"edgemuse {ours / 1e9:.2f} GB, nnunetv2 with PyTorch {theirs / 1e9:.2f} GB, ratio {theirs / ours:.1f}")
+    say(f"edgemuse {ours / 1e9:.2f} GB, nnunetv2 with PyTorch {theirs / 1e9:.2f} GB, ratio {theirs / ours:.1f}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from matplotlib.ticker import LogLocator
 from edgemuse.bench.measure.accuracy import read_labels
 from edgemuse.bench.measure.worker import STAGES
 from edgemuse.bench.report.summary import Summary
+from edgemuse.engines.errors import printable
 from edgemuse.runtime.results.picture import to_bytes
 from edgemuse.runtime.scan.nifti import open_scan, read_scan
 
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "edgemuse",
+    "text.parse_math": False,  # a name with two $ is a name
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -111,7 +113,7 @@ def structures(shown: Sequence[Summary]) -> bytes | None:
             colour = FAMILY_COLOURS[summary.system.split("/")[0]]
             _boxes(axes, values, np.arange(len(order)) + 0.18 - 0.36 * index, colour if index else "#888888")
             axes.plot([], [], color=colour if index else "#888888", label=summary.system)
-        axes.set_yticks(range(len(order)), order)
+        axes.set_yticks(range(len(order)), [printable(name) for name in order])
         axes.set_xlabel(f"Dice, {'truth' if against_truth else 'baseline'}")
         axes.legend(fontsize=7, loc="lower left")
         return svg(figure)
@@ -141,6 +143,8 @@ def bland_altman(summary: Summary) -> bytes | None:
             for level in differences.mean() + 1.96 * differences.std() * np.array([-1, 0, 1]):
                 axes.axhline(level, color="#999999", linewidth=0.8, linestyle="--")
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
             axes.set_xlabel("mean volume, ml")
             axes.set_ylabel(f"minus {name}, ml")
         figure.tight_layout()
@@ -184,9 +188,9 @@ def worst_slices(scan: Path, maps: Sequence[tuple[str, Path]]) -> bytes:
             shown = _shown(volume, axis, where)
             alpha = 0.55 if column < len(colours) else 1  # a voxel that differs must be seen
             axes.imshow(shown, cmap="tab20", alpha=alpha, interpolation="nearest", vmin=0, vmax=19)
-            axes.set_title(name, fontsize=6)
+            axes.set_title(printable(name), fontsize=6)
             axes.set_axis_off()
-        figure.suptitle(f"{scan.name}, slice {where}", fontsize=8)
+        figure.suptitle(f"{printable(scan.name)}, slice {where}", fontsize=8)
         return svg(figure)
 
 

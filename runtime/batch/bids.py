@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +19,20 @@ from typing import Any
 
 from edgemuse.engines.errors import InputError, OutputError, one_line
 from edgemuse.runtime.batch.jobs import Job, distinct
+from edgemuse.runtime.batch.kinds import may_be_t1
 from edgemuse.runtime.regions.labels import table
 from edgemuse.runtime.results import files as outputs
 from edgemuse.runtime.scan import foreign
 from edgemuse.runtime.scan.nifti import SUFFIXES, file_sha256, scan_stem
 from edgemuse.runtime.scan.stand_in import stand_in
 
+log = logging.getLogger("edgemuse")
+
 VERSION = "1.11.1"
 DESCRIPTION = "dataset_description.json"
 T1 = "_T1w"
+MOST_NAMED = 10
+"""Labels in one line."""
 NONE = "n/a"
 """How BIDS writes that there is no value."""
 GROUP_RECORD = ".edgemuse.json"
@@ -48,35 +54,63 @@ def find_jobs(
         sessions: labels, with or without `ses-`; none: all, and images without a session.
 
     Raises:
-        InputError: there is no such participant or session, or no image.
+        InputError: there is no image, or none of those asked for. Where only some labels give one, the others are named
+            in a warning.
     """
-    wanted = {f"ses-{label.removeprefix('ses-')}" for label in sessions}
-    folders = [
-        anat
+    wanted = _prefixed("ses", sessions)
+    scans = [
+        path
         for subject in _subjects(dataset, participants)
-        for anat in sorted([*subject.glob("anat"), *subject.glob("ses-*/anat")])
+        for anat in _anat_folders(subject)
         if not wanted or anat.parent.name in wanted
+        for path in _files(anat)
+        if _is_t1(path.name)
     ]
-    scans = [path for folder in folders for path in sorted(folder.iterdir()) if _is_t1(path.name)]
+    empty = _without(scans, dataset, participants, sessions)
     if not scans:
-        raise InputError(f"{dataset}: no T1w image (sub-*/[ses-*/]anat/*{T1}.nii[.gz]) of those asked for")
+        of = f" of {empty}" if empty else ""
+        raise InputError(f"{dataset}: no T1w image (sub-*/[ses-*/]anat/*{T1}.nii[.gz]){of}")
+    if empty:
+        log.warning("%s: no T1w image of %s; what else was asked for is segmented", dataset, empty)
     return distinct(_job(scan, dataset, output, segmentation_label(model)) for scan in scans)
 
 
+def _prefixed(key: str, labels: Sequence[str]) -> list[str]:
+    """`sub-01` for `01` and for `sub-01`, each once."""
+    return list(dict.fromkeys(f"{key}-{label.removeprefix(f'{key}-')}" for label in labels))
+
+
 def _subjects(root: Path, labels: Sequence[str]) -> list[Path]:
-    """The folders of these participants, or of all."""
+    """The folders of these participants that exist, or of all."""
     found = {path.name: path for path in sorted(root.glob("sub-*")) if path.is_dir()}
     if not found:
         raise InputError(f"{root}: no sub-* folder there, so it is not the root of a BIDS dataset")
-    names = [f"sub-{label.removeprefix('sub-')}" for label in labels] or list(found)
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise InputError(f"{root}: no {', '.join(missing)} there")
-    return [found[name] for name in dict.fromkeys(names)]
+    return [found[name] for name in _prefixed("sub", labels) or found if name in found]
+
+
+def _anat_folders(subject: Path) -> list[Path]:
+    """Without a session and with one, and links to folders like folders."""
+    return [path for path in sorted([*subject.glob("anat"), *subject.glob("ses-*/anat")]) if path.is_dir()]
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        log.warning("%s: cannot be read (%s), so its scans are left out", folder, error.strerror)
+        return []
+
+
+def _without(found: Sequence[Path], root: Path, participants: Sequence[str], sessions: Sequence[str]) -> str:
+    """The names of participants and sessions asked for of which nothing is in `found`, paths below `root`."""
+    there = {part for path in found for part in path.relative_to(root).parts}
+    empty = [name for name in (*_prefixed("sub", participants), *_prefixed("ses", sessions)) if name not in there]
+    more = f" and {len(empty) - MOST_NAMED} more" if len(empty) > MOST_NAMED else ""
+    return ", ".join(empty[:MOST_NAMED]) + more
 
 
 def _is_t1(name: str) -> bool:
-    return name.startswith("sub-") and name.endswith(tuple(T1 + suffix for suffix in SUFFIXES))
+    return name.startswith("sub-") and name.endswith(tuple(T1 + suffix for suffix in SUFFIXES)) and may_be_t1(name)
 
 
 def _job(scan: Path, dataset: Path, output: Path, label: str) -> Job:
@@ -155,20 +189,24 @@ def merge_tables(
     if not (output / DESCRIPTION).exists():
         raise _nothing(output)
     _check_ours(output / DESCRIPTION)
-    subjects = _subjects(output, participants)
-    wanted = {f"ses-{label.removeprefix('ses-')}" for label in sessions}
-    merged = {}
+    wanted = _prefixed("ses", sessions)
+    folders = [anat for subject in _subjects(output, participants) for anat in _anat_folders(subject)]
+    folders = [anat for anat in folders if not wanted or anat.parent.name in wanted]
+    merged, found = {}, list[Path]()
     for name, delimiter in (("volumes.tsv", "\t"), (outputs.DLMUSE_CSV, ",")):
         by_model: dict[str, list[Path]] = {}
-        for path in (path for subject in subjects for path in sorted(subject.rglob(f"anat/*_seg-*_{name}"))):
-            if not wanted or _session(path.name) in wanted:
-                by_model.setdefault(_entity(path.name, "seg"), []).append(path)
+        for path in (path for folder in folders for path in sorted(folder.glob(f"*_seg-*_{name}"))):
+            by_model.setdefault(_entity(path.name, "seg"), []).append(path)
+            found.append(path)
         for label, paths in by_model.items():
             header = ["participant_id", "session_id", "scan"] if delimiter == "\t" else []
             rows = _rows(paths, delimiter, keyed=bool(header))
             merged[output / f"group_seg-{label}_{name}"] = table(delimiter, header + next(rows), rows).encode()
+    empty = _without(found, output, participants, sessions)
     if not merged:
-        raise _nothing(output)
+        raise _nothing(output, empty)
+    if empty:
+        log.warning("%s: no volumes of %s; those of the others are merged", output, empty)
     _write_merged(output, merged, overwrite)
     return list(merged)
 
@@ -196,8 +234,9 @@ def _hash(path: Path) -> str | None:
     return file_sha256(path) if path.is_file() and not path.is_symlink() else None
 
 
-def _nothing(output: Path) -> InputError:
-    return InputError(f"{output}: no volumes there; run 'edgemuse bids BIDS_DIR {output} participant' first")
+def _nothing(output: Path, labels: str = "") -> InputError:
+    what = f"no volumes of {labels}" if labels else "no volumes"
+    return InputError(f"{output}: {what} there; run 'edgemuse bids BIDS_DIR {output} participant' first")
 
 
 def _rows(paths: Sequence[Path], delimiter: str, keyed: bool) -> Iterator[list[str]]:

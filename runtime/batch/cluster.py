@@ -18,7 +18,7 @@ from typing import Any
 
 from distributed import Client, as_completed
 
-from edgemuse.engines.errors import BackendError, BundleError, EdgemuseError
+from edgemuse.engines.errors import BackendError, BundleError, EdgemuseError, LabelMapError
 from edgemuse.runtime.batch.jobs import Job
 from edgemuse.runtime.batch.many import Batch, Counts, Screen, wanted
 from edgemuse.runtime.model.cascade import open_model
@@ -55,6 +55,7 @@ class Report:
     errors: list[Exception] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
+    no_scan: LabelMapError | None = None
     seconds: float = 0.0
 
     def guard(self, work: Callable[[], None], job: Job) -> int:
@@ -79,6 +80,10 @@ class Report:
 
     def skipped(self, job: Job) -> None:
         """Nothing is shown: the counts say it."""
+
+    def passed_over(self, job: Job, why: LabelMapError) -> None:
+        """Keep why."""
+        self.no_scan = why
 
     def waiting(self, count: int) -> None:
         """Nothing is shown: the process that started the run says it."""
@@ -152,11 +157,16 @@ def _take_over(job: Job, future: Any, counts: Counts, screen: Screen) -> None:
         log.warning("%s", warning)
     counts.segmented += report.counts.segmented
     counts.skipped += report.counts.skipped
+    counts.passed_over += report.counts.passed_over
     if report.errors:
         screen.elsewhere(job, None)
         raise report.errors[0]
     if report.counts.skipped:
         screen.skipped(job)
+        return
+    if report.no_scan is not None:
+        screen.elsewhere(job, None)
+        screen.passed_over(job, report.no_scan)
         return
     screen.elsewhere(job, report.seconds)
     screen.written(report.paths)
@@ -166,7 +176,7 @@ def _take_over(job: Job, future: Any, counts: Counts, screen: Screen) -> None:
 def _connected(address: str) -> Iterator[Client]:
     try:
         client = Client(address, timeout=CONNECT)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # each kind of address has its own
         raise BackendError(f"no Dask scheduler at {address} ({error}); start one, see docs/guide/cluster.md") from error
     with client:
         yield client

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgemuse.engines.errors import InputError, OutputError
+from edgemuse.engines.errors import InputError, LabelMapError, OutputError
 from edgemuse.runtime.batch.claim import Claim
 from edgemuse.runtime.batch.jobs import Job
 from edgemuse.runtime.network.memory import memory_limit
@@ -56,6 +56,10 @@ class Screen(Protocol):
 
     def skipped(self, job: Job) -> None:
         """It is done already."""
+        ...
+
+    def passed_over(self, job: Job, why: LabelMapError) -> None:
+        """It was found in a folder and is no scan."""
         ...
 
     def waiting(self, count: int) -> None:
@@ -105,6 +109,7 @@ class Counts:
 
     segmented: int = 0
     skipped: int = 0
+    passed_over: int = 0
     codes: list[int] = field(default_factory=list)
 
 
@@ -160,6 +165,8 @@ class Batch:
             at_work.set(job.scan)
             claim = Claim(job.outputs[PROVENANCE])
             try:
+                if job.refused:
+                    raise InputError(job.refused)
                 plan = self.segmenter.plan(open_scan(job.scan))
                 if not self._claim(claim, job):
                     self._elsewhere.append(job)
@@ -193,14 +200,26 @@ class Batch:
         at_work.set(job.scan)
         if taken.loaded is None:
             self._settle()
-        with self.screen.scan(job) as progress:
-            if taken.error is not None:
-                raise taken.error
-            loaded = taken.loaded or self.segmenter.prepare(job.scan)
-            result = self.segmenter.finish(loaded, progress, self._planned)
+        try:
+            with self.screen.scan(job) as progress:
+                if taken.error is not None:
+                    raise taken.error
+                loaded = taken.loaded or self.segmenter.prepare(job.scan)
+                result = self.segmenter.finish(loaded, progress, self._planned)
+        except LabelMapError as error:
+            self._pass_over(taken, error)
+            return
         self._settle()
         work = partial(write, result, job.outputs, self.with_picture, job.notes, taken.new)
         self._writing = Writing(job, taken.claim, loaded.memory.behind, self._pool.submit(work))
+
+    def _pass_over(self, taken: Taken, error: LabelMapError) -> None:
+        """What was found in a folder and is no scan is no failure."""
+        if not taken.job.walked:
+            raise error
+        self._release(taken.claim)
+        self.counts.passed_over += 1
+        self.screen.passed_over(taken.job, error)
 
     def _planned(self, total: int, last: bool) -> None:
         """The network is about to run, and this process to take `total` bytes without reading and writing."""

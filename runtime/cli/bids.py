@@ -9,6 +9,7 @@ import click
 
 from edgemuse.runtime.cli.options import engine_options
 from edgemuse.runtime.cli.segment import segment_all
+from edgemuse.runtime.cli.terminal import say_paths
 
 if TYPE_CHECKING:
     from edgemuse.runtime.batch.jobs import Job
@@ -79,7 +80,7 @@ def bids(
 
         if options["scheduler"] or options["shard"] != (1, 1):
             raise click.UsageError("--scheduler and --shard are for participant; group is one short step.")
-        click.echo("\n".join(map(str, merge_tables(output, participants, sessions, options["overwrite"]))))
+        say_paths(merge_tables(output, participants, sessions, options["overwrite"]))
         return
 
     def find(opened: Bundle | Cascade) -> list[Job]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemuse.engines.errors import BackendError
+from edgemuse.engines.errors import BackendError, one_line
 from edgemuse.runtime.cli.options import model_dir_option
+from edgemuse.runtime.cli.terminal import note, say, status, watched
 
 if TYPE_CHECKING:
     from edgemuse.runtime.pipeline.compile import Build
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def _capabilities(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
-        if not re.fullmatch(r"\d{1,2}\.\d", value):
+        if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", value):
             raise click.BadParameter(f"{value!r} is not a compute capability such as 8.6")
     return tuple(dict.fromkeys(values))
 
@@ -78,12 +78,12 @@ def build(
     for number, each in enumerate(wanted, 1):
         try:
             with _progress(f"{each} ({number} of {len(wanted)})") as progress:
-                click.echo(_built(each, folder, progress))
+                say(_built(each, folder, progress))
         except BackendError as error:
             if len(wanted) == 1:
                 raise
             failed += 1
-            click.echo(f"edgemuse: {error}", err=True)
+            note(f"edgemuse: {one_line(error)}")
     if failed:
         raise BackendError(f"{failed} of {len(wanted)} engines not built")
 
@@ -100,11 +100,11 @@ def _built(build: Build, folder: Path, progress: Callable[[str, int, int], None]
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A line for each engine on stderr; on a terminal the phases of its build too."""
-    click.echo(f"building {what}", err=True)
-    if not sys.stderr.isatty():
+    note(f"building {what}")
+    if not watched():
         yield lambda phase, done, total: None
         return
     try:
-        yield lambda phase, done, total: click.echo(f"\r\033[K  {phase} {done}/{total}", err=True, nl=False)
+        yield lambda phase, done, total: status(f"  {phase} {done}/{total}")
     finally:
-        click.echo("\r\033[K", err=True, nl=False)
+        status("")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgemuse.runtime.cli.options import bind_threads, threads_option
-from edgemuse.runtime.cli.screen import progress, show_log
+from edgemuse.runtime.cli.terminal import note, progress, say_paths
 
 
 @click.command(short_help="Segment a sample scan that comes with edgemuse.")
@@ -21,12 +21,10 @@ def demo(output: Path, overwrite: bool, threads: int | None) -> None:
     The scan is synthetic, so its true labels are known. Prints the Dice, the volumes and the seconds, and writes the
     same files as 'segment', the picture among them.
     """
-    show_log(False)
     bind_threads(threads)
     from edgemuse.runtime.cli.sample import run
 
     with progress("sample") as advance:
         report, paths = run(output, threads, advance, overwrite)
-    click.echo(report, err=True)
-    for path in paths:
-        click.echo(path)
+    note(*report.split("\n"))
+    say_paths(paths)

@@ -16,13 +16,13 @@ from edgemuse.runtime.network.memory import gib
 from edgemuse.runtime.regions.labels import by_index
 
 
-def describe_model(model: Bundle | Cascade) -> str:
-    """A bundle, or a cascade and then both of its bundles."""
+def describe_model(model: Bundle | Cascade) -> list[str]:
+    """The lines about a bundle, or about a cascade and then both of its bundles."""
     if isinstance(model, Bundle):
         return describe_bundle(model)
     manifest, fill = model.manifest, model.manifest.fill
     filled = "stays background" if fill is None else f"becomes {fill.index} {fill.name} inside the mask"
-    lines = [
+    return [
         f"{model.name}  (licence: {manifest.license or 'not recorded'})",
         f"  stages        mask: {model.mask.name}, then regions: {model.regions.name} inside it",
         f"  orientation   {manifest.orientation}",
@@ -30,17 +30,16 @@ def describe_model(model: Bundle | Cascade) -> str:
         f"  mask          {'its largest component' if manifest.keep_largest else 'as found'}",
         f"  no label      {filled}",
         f"  bundle SHA-256 {model.sha256}",
-        *(f"stage {role}\n{describe_bundle(bundle)}" for role, bundle in model.bundles.items()),
+        *(line for role, bundle in model.bundles.items() for line in (f"stage {role}", *describe_bundle(bundle))),
     ]
-    return "\n".join(lines)
 
 
-def describe_bundle(bundle: Bundle) -> str:
+def describe_bundle(bundle: Bundle) -> list[str]:
     """Name, licence, network, graphs, verification and structures."""
     manifest, network = bundle.manifest, bundle.manifest.network
     head = "applied last, on the scan's grid" if network.deferred_head else "inside the graph"
     structures = [label for label in by_index(manifest.labels) if label.index]
-    lines = [
+    return [
         f"{manifest.name}  (licence: {manifest.license or 'not recorded'})",
         f"  orientation   {network.orientation or 'as stored'}",
         f"  spacing       {' x '.join(f'{mm:g}' for mm in network.spacing)} mm",
@@ -58,9 +57,10 @@ def describe_bundle(bundle: Bundle) -> str:
         f"structures ({len(structures)})",
         *(f"  {label.index:>5} {label.name}" for label in structures),
     ]
-    return "\n".join(lines)
 
 
+DEEPEST = 8
+"""Steps of a record within a record that are shown."""
 GATE_HEADER = ("profile", "backend", "precision", "seconds", "agreement", "Dice", "of fp32", "largest drop", "gate")
 
 
@@ -106,17 +106,18 @@ def _mb(bundle: Bundle, name: str) -> str:
     return f"{bundle.manifest.files[name].bytes / 1e6:.1f} MB"
 
 
-def _records(title: str, record: object, indent: str = "") -> list[str]:
+def _records(title: str, record: object, depth: int = 0) -> list[str]:
+    """What a record for people says, in lines; whoever made the bundle may have put anything into it."""
+    indent = "  " * depth
+    if depth > DEEPEST:
+        return [f"{indent}{title}: ..."]
     if isinstance(record, list) and any(isinstance(entry, dict) for entry in record):
-        return [line for entry in record for line in _records(title, entry, indent)]
+        return [line for entry in record for line in _records(title, entry, depth + isinstance(entry, list))]
     if isinstance(record, list):
-        record = ", ".join(map(str, record))
+        record = ", ".join("..." if isinstance(entry, list) else str(entry) for entry in record)
     if not isinstance(record, dict):
         return [f"{indent}{title}: {record}"]
-    return [
-        f"{indent}{title}",
-        *(line for key, value in record.items() for line in _records(key, value, indent + "  ")),
-    ]
+    return [f"{indent}{title}", *(line for key, value in record.items() for line in _records(key, value, depth + 1))]
 
 
 RANKING = (
@@ -127,17 +128,16 @@ RANKING = (
 )
 
 
-def describe_devices() -> str:
-    """The machine, then a line a backend in the order in which `auto` prefers them."""
+def describe_devices() -> list[str]:
+    """Lines: the machine, then a line a backend in the order in which `auto` prefers them."""
     facts = machine()
-    lines = [
+    return [
         f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} cores, {gib(available_memory())} free",
         "backends, most preferred first:",
         *(line for status in statuses() for line in _backend(status)),
         *textwrap.wrap(RANKING, 118),
         *(f"{tuned.name}: {line}" for tuned in recall_all(default_cache_dir()) for line in tuned_lines(tuned)),
     ]
-    return "\n".join(lines)
 
 
 def _backend(status: Status) -> list[str]:

@@ -10,7 +10,8 @@ import click
 
 from edgemuse.engines.errors import one_line
 from edgemuse.runtime.cli.lazy import LazyGroup
-from edgemuse.runtime.cli.screen import guard, hush_libraries
+from edgemuse.runtime.cli.screen import guard, show_log
+from edgemuse.runtime.cli.terminal import note, settle_streams
 
 COMMANDS = {
     "segment": ("edgemuse.runtime.cli.segment", "segment", "Segment T1 scans: files, or all in a folder."),
@@ -53,7 +54,8 @@ def run_program() -> None:
     """Run the command that the program was called with, and exit: one line and an exit code for every error."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    hush_libraries()
+    settle_streams(debug)
+    show_log(False)
     atexit.register(gc.freeze)  # looking through all modules for garbage before they go takes a tenth of a second
     sys.exit(guard(lambda: _run(arguments, debug), debug))
 
@@ -62,7 +64,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     try:
         result = cli.main((["--debug"] if debug else []) + arguments, "edgemuse", standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("edgemuse: interrupted", err=True)
+        note("edgemuse: interrupted")
         return 130
     except click.ClickException as error:
         _show_usage_error(error, help_wanted=not arguments)
@@ -76,4 +78,4 @@ def _show_usage_error(error: click.ClickException, help_wanted: bool) -> None:
         error.show()
         return
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgemuse"
-    click.echo(f"edgemuse: {one_line(error.format_message())} See '{command} --help'.", err=True)
+    note(f"edgemuse: {one_line(error.format_message())} See '{command} --help'.")

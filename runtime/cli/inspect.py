@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgemuse.runtime.cli.options import model_dir_option
+from edgemuse.runtime.cli.terminal import say
 
 
 @click.command(short_help="Show what a bundle holds, and check every file in it.")
@@ -24,11 +25,11 @@ def info(model: Path | None, model_dir: Path | None, card: bool) -> None:
     from edgemuse.runtime.model.store import find_model
 
     if card:
-        click.echo(MODEL_CARD.read_text(encoding="utf-8"))
+        say(*MODEL_CARD.read_text(encoding="utf-8").splitlines())
         return
     opened = open_model(find_model(model, model_dir))
     opened.verify()
-    click.echo(describe_model(opened))
+    say(*describe_model(opened))
 
 
 @click.command()
@@ -36,4 +37,4 @@ def devices() -> None:
     """List the backends, what each can do on this machine, and why not."""
     from edgemuse.runtime.cli.describe import describe_devices
 
-    click.echo(describe_devices())
+    say(*describe_devices())

@@ -10,6 +10,7 @@ import click
 from edgemuse.engines.errors import BundleError, one_line
 from edgemuse.runtime.cli.lazy import LazyGroup
 from edgemuse.runtime.cli.options import model_dir_option
+from edgemuse.runtime.cli.terminal import note, say, say_paths
 
 COMMANDS = {
     "list": ("edgemuse.runtime.cli.models", "list_models", "List the models that go by a name, and check them."),
@@ -32,7 +33,7 @@ def models(ctx: click.Context) -> None:
       edgemuse models add STICK/dlmuse.zip             without either: from the store of another machine
     """  # noqa: D301 click reads the backspace itself
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        say(*ctx.get_help().splitlines())
 
 
 @click.command("list")
@@ -51,10 +52,9 @@ def list_models(model_dir: Path | None) -> None:
         facts = inspect(entry)
         verified = f"NO: {facts.problem}" if facts.problem else "yes"
         rows.append((entry.name, facts.origin, f"{facts.bytes / 1e6:.1f} MB", facts.license, verified))
-    for line in _columns(rows):
-        click.echo(line)
+    say(*_columns([[one_line(cell) for cell in row] for row in rows]))
     hint = "; 'edgemuse models fetch dlmuse' gets DLMUSE" if len(rows) == 2 else ""
-    click.echo(f"models are in {store}{hint}", err=True)
+    note(f"models are in {store}{hint}")
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -81,7 +81,7 @@ def add(model: Path, name: str | None, model_dir: Path | None) -> None:
     from edgemuse.runtime.model.folders import store_folder
 
     default = model.resolve().name.removesuffix(".zip").removesuffix(".bundle")
-    click.echo(store.add(model, name or default, store_folder(model_dir)))
+    say_paths([store.add(model, name or default, store_folder(model_dir))])
 
 
 @click.command()
@@ -98,9 +98,9 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model_dir: Path | None
     for entry in [named(name, store) for name in names] or entries(store):
         problem = inspect(entry).problem
         if problem:
-            click.echo(f"edgemuse: {entry.name}: {one_line(problem)}", err=True)
+            note(f"edgemuse: {entry.name}: {one_line(problem)}")
         else:
-            click.echo(f"{entry.name}: whole")
+            say(f"{entry.name}: whole")
         damaged = damaged or problem is not None
     if damaged:
         ctx.exit(BundleError.exit_code)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,32 @@ model_dir_option = click.option(
     "--model-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="The store: where models "
     "go by a name.  [default: 'models' in the folder EDGEMUSE_HOME, or in the user's data directory]",
 )  # fmt: skip
+MOST_THREADS = 4096
+"""More than the largest machines have; a typing error would start them all."""
+MOST_DIGITS = 9
+"""Of a shard's number."""
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_THREADS),
     help="Processor cores to use. In int8 a few labels depend on their number.  [default: the backend's choice]",
 )
 
 
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int]:
     """`2/8` as (2, 8)."""
-    number, slash, count = ("1/1" if value is None else value).partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    digits = f"([0-9]{{1,{MOST_DIGITS}}})"
+    found = re.fullmatch(f"{digits}/{digits}", "1/1" if value is None else value)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
         raise click.BadParameter(f"{value!r} is not I/N with I from 1 to N, such as 2/8")
-    return int(number), int(count)
+    return number, count
+
+
+def _gibibytes(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """A number that is one: click takes nan and inf as well."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of GiB, such as 7.5")
+    return value
 
 
 ENGINE_OPTIONS = (
@@ -76,6 +91,7 @@ ENGINE_OPTIONS = (
     click.option(
         "--max-ram",
         type=click.FloatRange(min=0, min_open=True),
+        callback=_gibibytes,
         metavar="GIB",
         help="Memory to stay within. A scan that needs more is refused; with the profile fast the tiles are made to "
         "fit. Where several processes run at once, give each its share.  [default: 90 % of what is free]",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemuse.engines.errors import EdgemuseError, one_line
+from edgemuse.engines.errors import EdgemuseError, LabelMapError, one_line
+from edgemuse.runtime.cli.terminal import note, progress, say_paths, watched
 
 if TYPE_CHECKING:
     from edgemuse.runtime.batch.jobs import Job
@@ -29,15 +29,20 @@ def guard(work: Callable[[], int | None], debug: bool, about: str = "") -> int:
     except (EdgemuseError, MemoryError, OSError) as error:
         if debug:
             raise
-        click.echo(f"edgemuse: {_named(error, about)}", err=True)
+        note(f"edgemuse: {_named(_words(error), about)}")
         return error.exit_code if isinstance(error, EdgemuseError) else FAILURE
     except (click.ClickException, click.exceptions.Abort, click.exceptions.Exit):
         raise
     except Exception as error:
         if debug:
             raise
-        click.echo(f"edgemuse: internal error: {_named(error, about)}; --debug shows where", err=True)
+        note(f"edgemuse: internal error: {_named(error, about)}; --debug shows where")
         return FAILURE
+
+
+def _words(error: Exception) -> str:
+    words = one_line(error)
+    return f"there is not enough memory ({words}); close other programs" if isinstance(error, MemoryError) else words
 
 
 def _named(text: object, about: str) -> str:
@@ -45,30 +50,21 @@ def _named(text: object, about: str) -> str:
     return line if about in line else f"{about}: {line}"
 
 
-class _Line(logging.Formatter):
-    """Lines of the log, which name what they are `about` at that moment."""
+class _Lines(logging.Handler):
+    """The log as lines on stderr, which name what they are `about` at that moment."""
 
     def __init__(self, about: Callable[[], str]) -> None:
         super().__init__()
         self.about = about
 
-    def format(self, record: logging.LogRecord) -> str:
-        return f"edgemuse: {_named(super().format(record), self.about())}"
-
-
-def hush_libraries() -> None:
-    """Keep warnings that libraries give by Python's `warnings` off stderr, unless Python was told to show some."""
-    if not sys.warnoptions:
-        logging.captureWarnings(True)
-        logging.getLogger("py.warnings").propagate = False
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"edgemuse: {_named(record.getMessage(), self.about())}")
 
 
 def show_log(verbose: bool, about: Callable[[], str] = str) -> None:
     """Show warnings of edgemuse on stderr, and with `verbose` what it does; `about` names the scan it is about."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Line(about))
     logger = logging.getLogger("edgemuse")
-    logger.handlers = [handler]
+    logger.handlers = [_Lines(about)]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     logger.propagate = False  # a library that sets up the root logger would say every line again
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong with a header, edgemuse says
@@ -95,7 +91,7 @@ class Screen:
             start = time.perf_counter()
             yield advance
         self._begun += 1
-        if not sys.stderr.isatty():
+        if not watched():
             self._line(job, time.perf_counter() - start)
 
     def elsewhere(self, job: Job, seconds: float | None) -> None:
@@ -121,6 +117,10 @@ class Screen:
         self._handled += 1
         self._say(f"{job.scan}: done already, skipped; --overwrite does it again")
 
+    def passed_over(self, job: Job, why: LabelMapError) -> None:
+        """It was found in a folder and is no scan."""
+        self._say(f"passed over: {why}")
+
     def waiting(self, count: int) -> None:
         """Other processes work on the `count` scans that are left."""
         if not self._waiting:
@@ -129,17 +129,22 @@ class Screen:
 
     def written(self, paths: list[Path]) -> None:
         """The paths of the results, on stdout."""
-        click.echo("\n".join(map(str, paths)))
+        say_paths(paths)
 
     def summary(self, counts: Counts) -> None:
         """How many scans came to what."""
         if self.total > 1:
-            rows = [(counts.segmented, "segmented"), (counts.skipped, "done before"), (len(counts.codes), "failed")]
+            rows = [
+                (counts.segmented, "segmented"),
+                (counts.skipped, "done before"),
+                (counts.passed_over, "passed over"),
+                (len(counts.codes), "failed"),
+            ]
             said = ", ".join(f"{count} {what}" for count, what in rows if count)
             self._say(f"{self.total} scans: {said}; {_duration(time.perf_counter() - self._started)}")
 
     def _say(self, line: str) -> None:
-        click.echo(f"edgemuse: {line}", err=True)
+        note(f"edgemuse: {one_line(line)}")
 
 
 def _duration(seconds: float) -> str:
@@ -149,18 +154,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of tiles on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    with click.progressbar(length=1, label=label, file=sys.stderr, show_eta=True) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield advance

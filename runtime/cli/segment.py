@@ -114,7 +114,10 @@ def segment_all(
     else:
         counts, screen = _here(opened, options, found, not no_qc, overwrite)
     screen.summary(counts)
-    return (FAILURE if FAILURE in counts.codes else InputError.exit_code) if counts.codes else 0
+    if FAILURE in counts.codes:
+        return FAILURE
+    came_to_nothing = counts.passed_over and not (counts.segmented or counts.skipped)
+    return InputError.exit_code if counts.codes or came_to_nothing else 0
 
 
 def _here(

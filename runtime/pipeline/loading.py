@@ -16,6 +16,7 @@ from edgemuse.runtime.network.memory import MemoryPlan, check_memory
 from edgemuse.runtime.network.preprocess import Prepared
 from edgemuse.runtime.pipeline.stopwatch import Stopwatch
 from edgemuse.runtime.results import picture
+from edgemuse.runtime.scan.label_maps import refuse_label_map
 from edgemuse.runtime.scan.nifti import Scan, read_image, reading
 from edgemuse.runtime.scan.types import Image
 
@@ -65,4 +66,5 @@ def load(
             raise InputError(f"{path}: a larger scan took its place since it was looked at; segment it again")
         log.info("memory: %s", memory)
         image, sha256 = read_image(scan, source)
+        refuse_label_map(scan, image)
         return Loaded(scan, memory, picture.to_bytes(image), None, watch, sha256), image

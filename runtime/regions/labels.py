@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemuse.engines.errors import printable
 from edgemuse.runtime.scan.geometry import in_memory_order
 from edgemuse.runtime.scan.types import Labels
 
 COLOR = re.compile("#[0-9a-fA-F]{6}")
+FORMULA = tuple("=+-@＝＋－＠")
+"""How a cell begins that a spreadsheet computes when the table is opened."""
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,16 @@ def structure_voxels(counts: NDArray[np.int64], labels: Sequence[Label]) -> dict
 
 
 def table(delimiter: str, header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """The text of a table, a line a row."""
+    """The text of a table, a line a row; no cell is one that a spreadsheet would run."""
     out = io.StringIO()
     writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_cell(value) for value in row] for row in (header, *rows))
     return out.getvalue()
+
+
+def _cell(value: object) -> object:
+    """`value`, and text that begins as a formula with an apostrophe before it. Line breaks and tabs are written out."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text

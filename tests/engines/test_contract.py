@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bundles import Tiny, tiny_graph, tiny_oracle
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.fake import FunctionEngine
@@ -157,3 +159,55 @@ def test_two_engines_do_not_share_results(name: str) -> None:
     np.testing.assert_array_equal(first, before)
     a.close()
     b.close()
+
+
+def odd_graph(kind: str) -> bytes:
+    """ONNX that a backend may take, or a file that it cannot; the network's own input, and outputs that are not."""
+    sizes = ["depth", "height", "width"]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, *sizes])
+
+    def of(nodes: list[NodeProto], *outputs: ValueInfoProto, inputs: tuple[ValueInfoProto, ...] = (image,)) -> bytes:
+        graph = helper.make_graph(nodes, "odd", list(inputs), list(outputs))
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        data: bytes = model.SerializeToString()
+        return data
+
+    def output(name: str, type: int = TensorProto.FLOAT) -> ValueInfoProto:
+        return helper.make_tensor_value_info(name, type, None)
+
+    twice = [helper.make_node("Relu", ["image"], [name]) for name in "ab"]
+    made = {
+        "two outputs": lambda: of(twice, output("a"), output("b")),
+        "no output": lambda: of(twice),
+        "no input": lambda: of([helper.make_node("Constant", [], ["a"], value_float=1.0)], output("a"), inputs=()),
+        "a number": lambda: of([helper.make_node("ReduceSum", ["image"], ["a"], keepdims=0)], output("a")),
+        "whole numbers": lambda: of(
+            [helper.make_node("Cast", ["image"], ["a"], to=TensorProto.INT64)], output("a", TensorProto.INT64)
+        ),
+        "truth values": lambda: of(
+            [helper.make_node("Cast", ["image"], ["a"], to=TensorProto.BOOL)], output("a", TensorProto.BOOL)
+        ),
+        "a sequence": lambda: of(
+            [helper.make_node("SequenceConstruct", ["image"], ["a"])],
+            helper.make_tensor_sequence_value_info("a", TensorProto.FLOAT, None),
+        ),
+        "a shape": lambda: of([helper.make_node("Shape", ["image"], ["a"])], output("a", TensorProto.INT64)),
+        "an operator that nobody knows": lambda: of([helper.make_node("Foo", ["image"], ["a"])], output("a")),
+        "nothing": lambda: b"",
+        "no graph": lambda: b"\x08\x08" * 50,
+    }
+    return made[kind]()
+
+
+ODD = ["two outputs", "no output", "no input", "a number", "whole numbers", "truth values", "a sequence", "a shape"]
+ODD += ["an operator that nobody knows", "nothing", "no graph"]
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_an_odd_graph_a_backend_raises_nothing_but_its_own_error(name: str, precision: str, kind: str) -> None:
+    options = options_for(name, precision)
+    with contextlib.suppress(BackendError):
+        engine = open_engine(odd_graph(kind), SHAPE, options)
+        engine.infer(random_batch(0))

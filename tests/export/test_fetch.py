@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
             "nichart/DLICV: cbica https://x.org/l;",
         ),
         ({"license": ["mit", "bsd"]}, "nichart/DLICV: mit, bsd;"),
-        ({"license": "a\x1b[2J\nb"}, "nichart/DLICV: a[2J b;"),
+        ({"license": "a\x1b[2J\nb"}, r"nichart/DLICV: a\x1b[2J b;"),
         ({}, "nichart/DLICV: none stated;"),
         (None, "nichart/DLICV: none stated;"),
     ],

@@ -3,6 +3,7 @@
 import html
 import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from edgemuse.bench.measure.accuracy import Structure, compare
 from edgemuse.bench.measure.rows import CONTEXT, Results
 from edgemuse.bench.measure.run import label_path
 from edgemuse.bench.pages.document import PARTS, age_of, document, part_of
+from edgemuse.bench.report import figures
 from edgemuse.bench.report.report import sections, write_report
 from edgemuse.bench.report.summary import ratios, summarise
 from edgemuse.calibration.scans import Source
@@ -186,6 +188,23 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     for name in re.findall(r"\]\((.*?)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"<svg")
+
+
+def test_names_on_figures_are_names(tmp_path):
+    name = "a $\\alpha$ $cost$ $_{\x1b[2J"
+    scan = write_scan(tmp_path / f"{name}_T1w.nii.gz".replace("\x1b", "b"), np.pad(head_image((20, 20, 20)), 6))
+    maps = [(name, write_scan(tmp_path / f"{n}.nii.gz", balls(n).astype(np.uint8))) for n in (1, 2)]
+    structures = [Structure(f"{name} {n}", (n,), (n,)) for n in range(1, 9)]
+    rows = [run_row(BASE, 1.0), run_row(OTHER, 1.5)]
+    for system, found in ((BASE, balls(1)), (OTHER, balls(2))):
+        rows += score_rows(system, found, balls(), balls(1), structures=structures)
+    summaries = summarise(rows)
+    for drawn in (figures.worst_slices(scan, maps), figures.structures(summaries), figures.bland_altman(summaries[1])):
+        ElementTree.fromstring(drawn)
+        assert b"mathdefault" not in drawn
+    drawn = figures.structures(summaries).decode()
+    assert all(html.escape(rf"a $\alpha$ $cost$ $_{{\x1b[2J {n}", quote=False) in drawn for n in range(1, 9))
+    assert r"a $\alpha$ $cost$ $_{\x1b[2J" in figures.worst_slices(scan, maps).decode()
 
 
 @pytest.fixture

@@ -117,10 +117,60 @@ def test_choice_of_participants(options: str, data: Path, model: Path, cli: Comm
     assert maps == {f"{IMAGES[n]}_seg-tiny_dseg.nii.gz" for n in CHOICES[options]}
 
 
+EMPTY = {
+    "--participant-label 01 07": ("sub-07", {0}),
+    "--participant-label 03 01 04": ("sub-03, sub-04", {0}),
+    "--session-label a 77": ("ses-77", {1}),
+    "--participant-label 01 02 --session-label b ses-c": ("sub-01, ses-c", {2}),
+}
+"""Labels of which there is no T1w image, and the images of the others."""
+
+
+@pytest.mark.parametrize("options", EMPTY)
+def test_labels_without_an_image_are_named(
+    options: str, data: Path, model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    names, images = EMPTY[options]
+    write_scan(data / "sub-03/anat/sub-03_T2w.nii.gz")
+    (data / "sub-04").mkdir()
+    ran = cli("bids", data, tmp_path / "out", "participant", *options.split(), "-m", model, "--no-qc")
+    assert ran.code == 0
+    assert f"edgemuse: {data}: no T1w image of {names}; " in ran.err
+    maps = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*_dseg.nii.gz")}
+    assert maps == {f"{IMAGES[n]}_seg-tiny_dseg.nii.gz" for n in images}
+
+
+def test_labels_without_volumes_are_named(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("bids", data, out, "participant", "-m", model, "--no-qc").code == 0
+    ran = cli("bids", data, out, "group", "--participant-label", "01", "07", "--session-label", "a")
+    assert (ran.code, ran.out) == (2, "")
+    assert "no volumes of sub-01, sub-07, ses-a there; run" in ran.err
+    ran = cli("bids", data, out, "group", "--participant-label", "01", "07")
+    assert (ran.code, ran.out.count("\n")) == (0, 1)
+    assert ran.err == f"edgemuse: {out}: no volumes of sub-07; those of the others are merged\n"
+
+
+def test_images_that_hold_no_magnitudes_are_left_out(data: Path, model: Path, tmp_path: Path) -> None:
+    for part in ("mag", "phase", "real", "imag"):
+        write_scan(data / f"sub-01/anat/sub-01_part-{part}_T1w.nii.gz")
+    jobs = find_jobs(data, tmp_path, "DLMUSE", ("01",), ())
+    assert [job.scan.name for job in jobs] == ["sub-01_T1w.nii", "sub-01_part-mag_T1w.nii.gz"]
+
+
+def test_a_participant_may_be_a_link(data: Path, tmp_path: Path) -> None:
+    (data / "sub-01").rename(tmp_path / "elsewhere")
+    (data / "sub-01").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    jobs = find_jobs(data, tmp_path / "out", "DLMUSE", ("01",), ())
+    assert [job.outputs["dseg.nii.gz"].name for job in jobs] == ["sub-01_seg-DLMUSE_dseg.nii.gz"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["{data}", "{out}", "participant", "--participant-label", "01", "07"], "no sub-07 there"),
+        (["{data}", "{out}", "participant", "--participant-label", "07", "sub-08"], " of sub-07, sub-08\n"),
+        (["{data}", "{out}", "participant", "--session-label", "77"], " of ses-77\n"),
+        (["{data}", "{out}", "participant", "--participant-label", "../data/sub-01"], " of sub-../data/sub-01\n"),
         (["{data}", "{out}", "participant", "--participant-label"], "requires an argument"),
         (["{data}", "{out}", "participant", "--participant-label", "01", "--session-label", "a"], "no T1w image"),
         (["{data}/sub-01", "{out}", "participant"], "not the root of a BIDS dataset"),
@@ -142,9 +192,10 @@ def test_refusals(arguments: list[str], reason: str, data: Path, model: Path, cl
 
 def test_two_files_of_one_image(data: Path, tmp_path: Path, model: Path, cli: CommandLine) -> None:
     shutil.copy(data / f"{IMAGES[1]}_T1w.nii.gz", data / f"{IMAGES[0]}_T1w.nii.gz")
-    ran = cli("bids", data, tmp_path / "out", "participant", "-m", model)
+    ran = cli("bids", data, tmp_path / "out", "participant", "-m", model, "--no-qc")
     assert ran.code == 2
-    assert "would both give sub-01_seg-tiny_*" in ran.err
+    assert "would both give sub-01_seg-tiny_*; they are not the same scan: rename or remove one" in ran.err
+    assert "3 scans: 2 segmented, 1 failed" in ran.err
 
 
 def test_group_merges_the_tables(data: Path, model: Path, cli: CommandLine, tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def test_version(cli: CommandLine) -> None:
         (["segment", "--colour"], "No such option"),
         (["segment", "x.nii", "-o", "o", "--shard", "3/2"], "'3/2' is not I/N"),
         (["segment", "x.nii", "-o", "o", "--shard", "1"], "'1' is not I/N"),
+        (["segment", "x.nii", "-o", "o", "--shard", "1/" + "9" * 5000], "is not I/N"),
+        (["segment", "x.nii", "-o", "o", "--shard", "\u0662/\u0668"], "is not I/N"),
+        (["segment", "x.nii", "-o", "o", "--shard", "1/\u00b2"], "is not I/N"),
+        (["segment", "x.nii", "-o", "o", "--threads", "9" * 5000], "--threads"),
+        (["segment", "x.nii", "-o", "o", "--threads", "100000"], "1<=x<=4096"),
+        (["segment", "x.nii", "-o", "o", "--max-ram", "nan"], "nan is no number of GiB"),
+        (["segment", "x.nii", "-o", "o", "--max-ram", "1e400"], "inf is no number of GiB"),
+        (["build", "--compute-capability", "\u0668.\u0666"], "is not a compute capability"),
         (["segment", "-o", "o", "--list", "nowhere.txt"], "nowhere.txt"),
         (["segmnt"], "No such command"),
         (["segment", "-o", "o"], "Missing argument"),
@@ -107,7 +115,7 @@ def test_wrong_usage_is_one_line(
 def test_an_error_holds_nothing_that_a_terminal_acts_on(model: Path, cli: CommandLine, tmp_path: Path) -> None:
     ran = cli("segment", tmp_path / "a\x1b[2J.nii.gz", tmp_path / "b.nii.gz", "-m", model, "-o", tmp_path / "out")
     assert ran.code == 2
-    assert f"edgemuse: {tmp_path}/a[2J.nii.gz: no such file" in ran.err
+    assert f"edgemuse: {tmp_path}/a\\x1b[2J.nii.gz: no such file" in ran.err
     assert "\x1b" not in ran.err
 
 

@@ -131,7 +131,7 @@ def test_list(home: Path, cli: CommandLine, tmp_path: Path) -> None:
     assert list(cells) == [BUILT_IN_NAME, "both", "broken", "empty", "fetched", "own"]
     size = f"{BUILT_IN.stat().st_size / 1e6:.1f} MB"
     assert cells[BUILT_IN_NAME][1:] == ["comes with edgemuse", size, open_bundle(BUILT_IN).manifest.license, "yes"]
-    assert cells["fetched"][1:] == ["owner/network[2J@0123456", "0.0 MB", "CC0-1.0", "yes"]
+    assert cells["fetched"][1:] == [r"owner/network\x1b[2J@0123456", "0.0 MB", "CC0-1.0", "yes"]
     assert cells["own"][1] == "exported from Dataset001_Own"
     assert cells["both"][-2:] == ["CC0-1.0", "yes"]
     assert cells["broken"][-1].startswith("NO: ")

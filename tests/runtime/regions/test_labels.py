@@ -18,9 +18,10 @@ from edgemuse.runtime.regions.labels import (
     label_color,
     parse_label_table,
     structure_voxels,
+    table,
     to_indices,
 )
-from edgemuse.runtime.regions.volumes import volumes_tsv
+from edgemuse.runtime.regions.volumes import dlmuse_csv, volumes_tsv
 
 LABELS = (
     Label(0, 0, "background"),
@@ -142,3 +143,41 @@ def test_volumes_add_up(indices: list[int], seed: int) -> None:
     assert structure_voxels(count_voxels(classes, labels), labels) == {
         index: int((mapped == index).sum()) for index in sorted(set(indices) - {0})
     }
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ('=HYPERLINK("http://x","y")', """'=HYPERLINK("http://x","y")"""),
+        ("+1+cmd|' /C calc'!A0", "'+1+cmd|' /C calc'!A0"),
+        ("-2+3", "'-2+3"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("＝1+1", "'＝1+1"),
+        ("\t=1", r"\t=1"),
+        ("\r=1", r"\r=1"),
+        ("a\nb\tc", r"a\nb\tc"),
+        ("-", "'-"),
+        ("-inf", "'-inf"),
+        ("-1.5", "-1.5"),
+        ("+2e-3", "+2e-3"),
+        (-1.5, "-1.5"),
+        (-3, "-3"),
+        ("a=b", "a=b"),
+        ("a\udcff", r"a\udcff"),
+        ("", ""),
+        (None, ""),
+    ],
+)
+@pytest.mark.parametrize("delimiter", ["\t", ","])
+def test_no_cell_is_run_by_a_spreadsheet(cell: object, written: str, delimiter: str) -> None:
+    text = table(delimiter, ["x", cell], [["y", cell]])
+    assert [*csv.reader(io.StringIO(text), delimiter=delimiter)] == [["x", written], ["y", written]]
+    assert table(delimiter, ["x", written], [["y", written]]) == text  # a table of tables is the same
+    text.encode()
+
+
+def test_names_that_a_spreadsheet_would_run() -> None:
+    labels = (Label(0, 0, "background"), Label(1, 7, "=1+1"), Label(2, 8, "-left"))
+    assert dseg_tsv(labels).splitlines()[2].startswith("7\t'=1+1\t#")
+    assert volumes_tsv({7: 1, 8: 2}, labels, 0.5).splitlines()[1:] == ["7\t'=1+1\t1\t0.500", "8\t'-left\t2\t1.000"]
+    assert dlmuse_csv("=x\ny", {4: 1}, 1.0).splitlines()[1].startswith(r"'=x\ny,")
