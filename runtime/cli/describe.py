@@ -11,6 +11,7 @@ from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.model.folders import default_cache_dir
 from edgemuse.runtime.model.manifest import GateRow
+from edgemuse.runtime.model.selftest import read_selftest
 from edgemuse.runtime.model.tuned import Tuned, outdated, recall, recall_all
 from edgemuse.runtime.network.memory import gib
 from edgemuse.runtime.regions.labels import by_index
@@ -54,11 +55,20 @@ def describe_bundle(bundle: Bundle) -> str:
         *_records("verification", manifest.verification),
         *(_records("calibration", manifest.calibration) if manifest.calibration else []),
         *_gate_table(manifest.gate),
+        _selftest(bundle),
         *tuned_lines(recall(default_cache_dir(), bundle.sha256)),
         f"structures ({len(structures)})",
         *(f"  {label.index:>5} {label.name}" for label in structures),
     ]
     return "\n".join(lines)
+
+
+def _selftest(bundle: Bundle) -> str:
+    selftest = read_selftest(bundle)
+    if selftest is None:
+        return "self-test: none is stored; 'edgemuse calibrate' or another export adds one"
+    size = " x ".join(map(str, selftest.tile.shape[2:]))
+    return f"self-test: a tile of {size} with features in {' and '.join(selftest.features)}; see 'devices --check'"
 
 
 GATE_HEADER = ("profile", "backend", "precision", "seconds", "agreement", "Dice", "of fp32", "largest drop", "gate")

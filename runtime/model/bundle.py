@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,18 +95,22 @@ class Bundle:
             raise BundleError(f"{self.path}: {name} keeps weights in a file outside the bundle; export it again")
         return graph
 
+    def arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays in the `.npz` file `name`; raises BundleError."""
+        try:
+            return _arrays(self.read(name))
+        except (*READ_ERRORS, TypeError, AttributeError, MemoryError) as error:  # numpy's for what is no .npz
+            raise BundleError(f"{self.path}: {name} cannot be read ({error})") from error
+
     def head(self) -> Head | None:
         """The deferred head, or None where the graph returns logits itself."""
         network = self.manifest.network
         if not network.deferred_head:
             return None
+        arrays = self.arrays("head.npz")
         try:
-            data = io.BytesIO(self.read("head.npz"))
-            if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(data).infolist()):
-                raise ValueError("its arrays are compressed, so their size is not known")
-            with np.load(data, allow_pickle=False) as arrays:
-                head = Head(arrays["weight"], arrays["bias"], arrays.get("fold_bias"))
-        except (*READ_ERRORS, TypeError, AttributeError, MemoryError) as error:  # numpy's for what is no .npz
+            head = Head(arrays["weight"], arrays["bias"], arrays.get("fold_bias"))
+        except KeyError as error:
             raise BundleError(f"{self.path}: head.npz cannot be read ({error})") from error
         parts = [head.weight, head.bias, *([] if head.fold_bias is None else [head.fold_bias])]
         wanted = [(network.classes, network.channels_out), (network.classes,), (*parts[-1].shape[:1], network.classes)]
@@ -132,6 +137,15 @@ class Bundle:
     def close(self) -> None:
         """Let go of the zip file, which Windows does not replace while it is open. Nothing can be read afterwards."""
         self._source.close()
+
+
+def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of an `.npz` file; raises one of numpy's many errors."""
+    stream = io.BytesIO(data)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(stream).infolist()):
+        raise ValueError("its arrays are compressed, so their size is not known")
+    with np.load(stream, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def open_bundle(path: str | Path) -> Bundle:
