@@ -15,6 +15,7 @@ from edgemuse.calibration.evaluate import Expected, Setting, evaluate, expect, s
 from edgemuse.calibration.half import half_precision
 from edgemuse.calibration.quantise import Quantised, quantise, sensitivity
 from edgemuse.calibration.scans import Source, calibration_patches, find_scans, split
+from edgemuse.calibration.selftest import selftest_file
 from edgemuse.engines.errors import VerificationError
 from edgemuse.engines.protocol import Batch
 from edgemuse.export.writer import (
@@ -29,6 +30,7 @@ from edgemuse.runtime.model.bundle import Bundle, file_entry, open_bundle
 from edgemuse.runtime.model.cascade import Cascade, CascadeManifest, open_model
 from edgemuse.runtime.model.manifest import GateRow, Manifest
 from edgemuse.runtime.model.precision import ALWAYS_FP32
+from edgemuse.runtime.model.selftest import SELFTEST
 
 FILES = {"int8": "backbone.int8.onnx", "fp16": "backbone.fp16.onnx"}
 ATTEMPTS = 3
@@ -150,6 +152,7 @@ def _calibrated(work: Work, chosen: Sequence[Source], held_out: Sequence[Source]
     graphs = {"int8": int8.graph} | _fp16(work)
     trial = work.trial(graphs)
     rows = [known.get(setting) or evaluate(trial, setting, expected, progress) for setting in settings(trial)]
+    work = replace(work, files={**work.files, SELFTEST: selftest_file(bundle, int8.graph)})
     return work.draft(graphs, gate=tuple(rows), calibration=_record(int8, len(patches), chosen, held_out))
 
 

@@ -23,7 +23,7 @@ from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.folders import default_cache_dir
 from edgemuse.runtime.model.precision import may_choose
 from edgemuse.runtime.model.store import find_model
-from edgemuse.runtime.model.tuned import Timing, Tuned, keep
+from edgemuse.runtime.model.tuned import Tuned, keep, timed
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.pipeline.segmenter import Segmenter
 
@@ -49,8 +49,8 @@ def tune(bundle: Path | None, data: Path, model_dir: Path | None) -> None:
     for this bundle and this machine. Both networks of a cascade are measured, each on its own input.
 
     From then on 'segment' takes the fastest where it may choose: where --backend, --device or --precision is auto.
-    'edgemuse info' shows the figures. Measure while nothing else runs, and again after an update of edgemuse or a
-    change of the machine.
+    'edgemuse info' shows the figures. They are not used after an update of edgemuse, of a backend or its driver, or on
+    another processor: measure again then, when nothing else runs.
 
     \b
     Example:
@@ -99,7 +99,7 @@ def measure_all(bundle: Bundle, scan: Path, progress: Callable[[str], None], mea
                 seconds[setting].append(taken)
     if not seconds:
         raise BackendError(f"{bundle.path}: nothing could be measured; 'edgemuse devices' shows what works here")
-    timings = [Timing(s.backend, s.device, s.precision, s.profile, median(taken)) for s, taken in seconds.items()]
+    timings = [timed(s.options.engine, s.profile, median(taken)) for s, taken in seconds.items()]
     return Tuned(bundle.manifest.name, scan.name, tuple(sorted(timings, key=lambda timing: timing.seconds)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import math
 import os
 import platform
@@ -14,6 +15,11 @@ import psutil
 
 from edgemuse.engines import cgroups
 
+CPU_FACTS = (
+    *("vendor_id", "cpu family", "model", "stepping", "microcode", "flags"),
+    *("Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision"),
+)
+"""In Linux's list of processors, of x86 and of ARM: what decides which instructions run, and how."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """The names of those options in glibc's malloc.h."""
 LARGE = 4 << 20
@@ -29,6 +35,21 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cpu_identity() -> str:
+    """The processor's name, and where the system tells more of it, eight digits of that.
+
+    Virtual machines give one name to processors with different instructions.
+    """
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in CPU_FACTS:
+                facts.setdefault(name.strip(), value.strip())  # the first processor's
+    digits = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:8]
+    return f"{cpu_name()} ({digits})" if facts else cpu_name()
 
 
 def cpu_cores(root: Path = cgroups.ROOT) -> int:

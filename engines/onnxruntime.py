@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgemuse.engines.errors import BackendError
-from edgemuse.engines.hardware import cpu_name
+from edgemuse.engines.hardware import cpu_identity, cpu_name
 from edgemuse.engines.protocol import Batch, EngineOptions, TileShape
 
 ort.disable_telemetry_events()  # of a process that imported it before edgemuse, and of its builds for Windows
@@ -26,6 +26,11 @@ def probe() -> dict[str, list[str]]:
     """The devices of this machine and the precisions that each of them offers."""
     offered = ort.get_available_providers()
     return {device: list(PRECISIONS) for device, provider in PROVIDERS.items() if provider in offered}
+
+
+def processor(device: str) -> str:
+    """What computes for `device`."""
+    return cpu_identity()
 
 
 class ONNXRuntimeEngine:

@@ -10,7 +10,7 @@ import openvino as ov
 
 from edgemuse.engines import cache
 from edgemuse.engines.errors import BackendError
-from edgemuse.engines.hardware import cpu_name
+from edgemuse.engines.hardware import cpu_identity, cpu_name
 from edgemuse.engines.openvino_rewrites import (
     fold_constants,
     halve_features,
@@ -29,6 +29,11 @@ def probe() -> dict[str, list[str]]:
     """The devices of this machine and the precisions that each of them offers."""
     core = ov.Core()
     return {device: _precisions(core, device) for device in core.available_devices if device == "CPU"}
+
+
+def processor(device: str) -> str:
+    """What computes for `device`."""
+    return cpu_identity()
 
 
 def _precisions(core: ov.Core, device: str) -> list[str]:

@@ -117,12 +117,14 @@ def composite_kernel(spread: NDArray[np.float32], weight: NDArray[np.float32]) -
 
     With stride 2 and padding 1 it gives at every voxel, the border included, what the two give one after the other.
     """
-    kernel = np.zeros((len(spread), len(weight), 4, 4, 4))
+    # One contiguous matrix for each tap: gathering them one at a time takes longer than all the products.
+    first = np.ascontiguousarray(np.moveaxis(spread.astype(np.float64), (0, 1), (3, 4)))
+    second = np.ascontiguousarray(np.moveaxis(weight.astype(np.float64), (1, 0), (3, 4)))
+    kernel = np.zeros((4, 4, 4, len(spread), len(weight)))
     for i, j, k in np.ndindex(2, 2, 2):
         for a, b, c in np.ndindex(3, 3, 3):
-            taps = spread[:, :, i, j, k].astype(np.float64) @ weight[:, :, a, b, c].astype(np.float64).T
-            kernel[:, :, i - a + 2, j - b + 2, k - c + 2] += taps
-    return kernel.astype(np.float32)
+            kernel[i - a + 2, j - b + 2, k - c + 2] += first[i, j, k] @ second[a, b, c]
+    return np.ascontiguousarray(np.moveaxis(kernel.astype(np.float32), (3, 4), (0, 1)))
 
 
 def put_channels_last(model: ov.Model) -> None:

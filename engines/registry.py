@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from edgemuse.engines import cache
 from edgemuse.engines.errors import BackendError, one_line, pip_install
@@ -41,6 +41,8 @@ BACKENDS = (
     Backend("tensorrt", "edgemuse.engines.tensorrt", "TensorRTEngine", ".[tensorrt]"),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
+Way: TypeAlias = tuple[str, str, str]
+"""Backend, device and precision."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,44 @@ def _import(backend: Backend) -> ModuleType:
         raise BackendError(f"{backend.name}: {why}; {pip_install(backend.install)}") from error
 
 
-def choose(options: EngineOptions) -> tuple[Backend, EngineOptions]:
-    """The backend to use and `options` without `auto`; raises BackendError with the reason for every one rejected."""
+def way(options: EngineOptions) -> Way:
+    """How definite `options` compute."""
+    return options.backend, options.device, options.precision
+
+
+def basis(options: EngineOptions) -> dict[str, str]:
+    """What the results of definite `options` depend on besides the graph: how they compute, with what, and where.
+
+    Raises BackendError where the backend cannot be used.
+    """
+    backend = next(row for row in BACKENDS if row.name == options.backend)
+    module = _import(backend)
+    return {
+        "backend": backend.name,
+        "version": str(getattr(module, backend.engine).version),
+        "device": options.device,
+        "precision": options.precision,
+        "processor": str(module.processor(options.device)),
+    }
+
+
+def choose(options: EngineOptions, refused: Mapping[Way, str] | None = None) -> tuple[Backend, EngineOptions]:
+    """The backend to use and `options` without `auto`.
+
+    `refused` says why a way is not to be taken. Raises BackendError with the reason for every backend rejected.
+    """
     if options.backend not in ("auto", *NAMES):
         raise BackendError(f"unknown backend {options.backend!r}; choose from auto, {', '.join(NAMES)}")
     rejected = []
     for status in statuses(options.backend):
-        chosen, reason = _fit(status, options)
+        chosen, reason = _fit(status, options, refused or {})
         if chosen is not None:
             return status.backend, chosen
         rejected.append(reason)
     raise BackendError("no usable backend: " + "; ".join(rejected))
 
 
-def _fit(status: Status, options: EngineOptions) -> tuple[EngineOptions | None, str]:
+def _fit(status: Status, options: EngineOptions, refused: Mapping[Way, str]) -> tuple[EngineOptions | None, str]:
     name = status.backend.name
     if status.reason:
         return None, status.reason if status.reason.startswith(name) else f"{name}: {status.reason}"
@@ -105,6 +131,8 @@ def _fit(status: Status, options: EngineOptions) -> tuple[EngineOptions | None, 
     precision = "fp32" if options.precision == "auto" else options.precision
     if precision not in status.devices[device]:
         return None, f"{name}: no {precision} on this {device}, only {', '.join(status.devices[device])}"
+    if (name, device, precision) in refused:
+        return None, refused[name, device, precision]
     threads = engine_threads(options.threads)
     return replace(options, backend=name, device=device, precision=precision, threads=threads), ""
 

@@ -68,6 +68,12 @@ def probe() -> dict[str, list[str]]:
     return {"GPU": [name for name in PRECISIONS if (LIBRARY, capability, name) != ("tensorrt_rtx", TURING, "fp32")]}
 
 
+def processor(device: str) -> str:
+    """What computes for `device`: the GPU, and the driver that compiles for it; raises BackendError."""
+    gpu = find_gpu()
+    return f"{gpu.name}, driver for CUDA {gpu.driver}"
+
+
 def _check_version() -> None:
     if trt.__version__.partition(".")[0] not in VERSIONS[LIBRARY]:
         raise BackendError(

@@ -19,12 +19,14 @@ from edgemuse.export.checkpoint import Checkpoint, find_folds, read_checkpoints
 from edgemuse.export.dataset import Dataset, class_labels, read_dataset, read_label_table
 from edgemuse.export.graph import export_graph
 from edgemuse.export.plans import Plan, read_plan
-from edgemuse.export.verify import verification_patches, verify
+from edgemuse.export.selftest import new_selftest, selftest_bytes, with_features
+from edgemuse.export.verify import reference, verification_patches, verify
 from edgemuse.export.writer import HEAD, check_output, head_bytes, write_bundle
 from edgemuse.runtime.model.bundle import Head, file_entry
 from edgemuse.runtime.model.checks import is_orientation
 from edgemuse.runtime.model.graph import inspect_graph
 from edgemuse.runtime.model.manifest import Manifest, Network
+from edgemuse.runtime.model.selftest import SELFTEST
 from edgemuse.runtime.regions.labels import Label
 
 GRAPH = "backbone.fp32.onnx"
@@ -102,7 +104,7 @@ def export_model(folder: Path, output: Path, options: ExportOptions | None = Non
     patches = verification_patches(options.scans, network)
     source = [scan.name for scan in options.scans] or "synthetic phantoms; name real scans with --scan"
     verification = {"patches": source} | verify(model.networks, graph, head, patches, options.progress)
-    files = {GRAPH: graph} | ({} if head is None else {HEAD: head_bytes(head)})
+    files = {GRAPH: graph, SELFTEST: _selftest(model, network)} | ({} if head is None else {HEAD: head_bytes(head)})
     options.progress(f"writing {output}")
     return write_bundle(output, _manifest(model, network, files, verification, options), files)
 
@@ -163,6 +165,14 @@ def _network(model: Model, head: Head | None, live_bytes: int, options: ExportOp
         deferred_head=head is not None,
         activation_bytes=live_bytes,
     )
+
+
+def _selftest(model: Model, network: Network) -> bytes:
+    """A tile and what PyTorch makes of it."""
+    selftest = new_selftest(network)
+    expected = reference(model.networks, selftest.tile)
+    output = expected.features if network.deferred_head else expected.logits
+    return selftest_bytes(with_features(selftest, {"fp32": output}))
 
 
 def _check_memory(network: Network) -> None:

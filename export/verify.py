@@ -23,6 +23,7 @@ from edgemuse.engines.errors import VerificationError
 from edgemuse.engines.protocol import Batch, Engine, EngineOptions
 from edgemuse.engines.registry import open_engine
 from edgemuse.export.architecture import head_layer
+from edgemuse.export.phantoms import synthetic_patches
 from edgemuse.runtime.model.bundle import Head
 from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.network.preprocess import preprocess
@@ -239,22 +240,3 @@ def crop_patches(volume: Image, patch: Shape, count: int) -> Iterator[Batch]:
         starts = [(size - side) * index // (count + 1) for side, size in zip(patch, padded.shape, strict=True)]
         box = tuple(slice(start, start + side) for start, side in zip(starts, patch, strict=True))
         yield np.ascontiguousarray(padded[box][None, None], dtype=np.float32)
-
-
-def synthetic_patches(shape: Shape, count: int, seed: int) -> Iterator[Batch]:
-    """`count` phantoms of a head (1, 1, D, H, W): smooth nested ellipsoids and noise, z-scored."""
-    rng = np.random.default_rng(seed)
-    grids = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
-    for _ in range(count):
-        phantom = _phantom(grids, rng)
-        noisy = phantom + rng.normal(scale=0.1, size=shape)
-        yield ((noisy - noisy.mean()) / noisy.std()).astype(np.float32)[None, None]
-
-
-def _phantom(grids: Sequence[NDArray[np.float64]], rng: np.random.Generator) -> NDArray[np.float64]:
-    total = np.zeros_like(grids[0])
-    for radius in (0.95, 0.8, 0.6, 0.35, 0.2):
-        radii, center = radius * rng.uniform(0.8, 1, 3), rng.uniform(-0.15, 0.15, 3)
-        distance = sum(((grid - c) / r) ** 2 for grid, c, r in zip(grids, center, radii, strict=True))
-        total += rng.uniform(-0.5, 0.5) * (1 - np.tanh(6 * (distance - 1)))
-    return total

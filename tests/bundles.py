@@ -28,12 +28,14 @@ from scipy import ndimage
 
 from edgemuse.engines.private import NAME as PRIVATE
 from edgemuse.engines.private import TAG
+from edgemuse.export.selftest import new_selftest, selftest_bytes, with_features
 from edgemuse.export.writer import write_cascade
 from edgemuse.runtime.cli import main
 from edgemuse.runtime.model.bundle import file_entry, open_bundle
 from edgemuse.runtime.model.cascade import CascadeManifest
 from edgemuse.runtime.model.graph import inspect_graph
 from edgemuse.runtime.model.manifest import MANIFEST, GateRow, Manifest, Network, Normalization, Resampling
+from edgemuse.runtime.model.selftest import SELFTEST
 from edgemuse.runtime.regions.labels import Label
 
 OPSET, IR_VERSION = 18, 8
@@ -162,6 +164,15 @@ def tiny_bundle(folder: Path, **changes: Any) -> Path:
         (folder / name).write_bytes(data)
     (folder / MANIFEST).write_text(tiny_manifest(tiny, contents).to_json())
     return folder
+
+
+def add_selftest(folder: Path, **changes: Any) -> Path:
+    """Store a tile in the tiny bundle in `folder` and what scipy makes of it, for fp32 and for int8."""
+    bundle = open_bundle(folder)
+    selftest = new_selftest(bundle.manifest.network)
+    output = tiny_oracle(selftest.tile[0, 0], replace(Tiny(), **changes))[None].astype(np.float32)
+    selftest = with_features(selftest, {"fp32": output, "int8": output})
+    return replace_file(folder, SELFTEST, selftest_bytes(selftest))
 
 
 def tiny_cascade(path: Path, mask: dict[str, Any] | None = None, **changes: Any) -> Path:

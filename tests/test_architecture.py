@@ -140,6 +140,14 @@ def test_rules_cover_what_pip_install_brings() -> None:
     assert declared == RUNTIME_LIBRARIES - {"PIL"} | {"openvino", "pillow", "psutil"}
 
 
+def test_versions_of_openvino_that_end_the_process_are_refused() -> None:
+    requirements = pytest.importorskip("packaging.requirements", reason="it reads ranges: pip install packaging")
+    (line,) = (line for line in PROJECT["project"]["dependencies"] if line.startswith("openvino"))
+    allowed = requirements.Requirement(line).specifier
+    assert all(version in allowed for version in ("2025.0.0", "2025.2.0", "2026.2.0", "2026.4.1"))
+    assert not any(version in allowed for version in ("2025.3.0", "2025.4.1", "2026.0.0", "2026.1.0"))
+
+
 def test_importing_is_all_that_arrows_need() -> None:
     """`importlib.import_module("edgemuse.x")` would go around the table: only the two registries do it."""
     users = {relative(path) for path in MODULES if "import_module(" in path.read_text()}

@@ -18,7 +18,7 @@ FUZZ = ("fuzz_bundles", "fuzz_checkpoints", "fuzz_nifti")
 SCRIPTS = [path for path in sorted(CASES.rglob("*.py")) if path.stem not in (*HELPERS, *FUZZ)]
 RUN = """
 import importlib, runpy, sys
-sys.modules["edgemuse.runtime.jobs"] = importlib.import_module("edgemuse.runtime.batch.jobs")
+sys.modules["edgemuse.runtime.jobs"] = importlib.import_module("edgemuse.runtime.batch.kinds")
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

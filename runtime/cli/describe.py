@@ -11,7 +11,8 @@ from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.cascade import Cascade
 from edgemuse.runtime.model.folders import default_cache_dir
 from edgemuse.runtime.model.manifest import GateRow
-from edgemuse.runtime.model.tuned import Tuned, recall, recall_all
+from edgemuse.runtime.model.selftest import read_selftest
+from edgemuse.runtime.model.tuned import Tuned, outdated, recall, recall_all
 from edgemuse.runtime.network.memory import gib
 from edgemuse.runtime.regions.labels import by_index
 
@@ -53,10 +54,19 @@ def describe_bundle(bundle: Bundle) -> list[str]:
         *_records("verification", manifest.verification),
         *(_records("calibration", manifest.calibration) if manifest.calibration else []),
         *_gate_table(manifest.gate),
+        _selftest(bundle),
         *tuned_lines(recall(default_cache_dir(), bundle.sha256)),
         f"structures ({len(structures)})",
         *(f"  {label.index:>5} {label.name}" for label in structures),
     ]
+
+
+def _selftest(bundle: Bundle) -> str:
+    selftest = read_selftest(bundle)
+    if selftest is None:
+        return "self-test: none is stored; 'edgemuse calibrate' or another export adds one"
+    size = " x ".join(map(str, selftest.tile.shape[2:]))
+    return f"self-test: a tile of {size} with features in {' and '.join(selftest.features)}; see 'devices --check'"
 
 
 DEEPEST = 8
@@ -75,18 +85,18 @@ def _gate_table(rows: Sequence[GateRow]) -> list[str]:
 
 
 def tuned_lines(tuned: Tuned | None) -> list[str]:
-    """What `edgemuse tune` measured here, the fastest of each profile marked."""
+    """What `edgemuse tune` measured here, the fastest of each profile marked, and what no longer counts."""
     if tuned is None:
         return ["not tuned on this machine; 'edgemuse tune' finds the fastest engine"]
-    fastest = {timing.profile: timing for timing in reversed(tuned.timings)}
-    return [
-        f"tuned on this machine, with {tuned.scan}",
-        *(
-            f"  {timing.profile:<10} {timing.backend} {timing.device} {timing.precision:<5} {timing.seconds:7.2f} s"
-            + "  fastest" * (fastest[timing.profile] is timing)
-            for timing in tuned.timings
-        ),
-    ]
+    changes = [outdated(timing) for timing in tuned.timings]
+    current = [timing for timing, change in zip(tuned.timings, changes, strict=True) if not change]
+    fastest = {timing.profile: timing for timing in reversed(current)}
+    lines = [f"tuned on this machine, with {tuned.scan}"]
+    for timing, change in zip(tuned.timings, changes, strict=True):
+        line = f"  {timing.profile:<10} {timing.backend} {timing.device} {timing.precision:<5} {timing.seconds:7.2f} s"
+        note = f"  not used: {change}; run 'edgemuse tune' again" if change else ""
+        lines.append(line + (note or "  fastest" * (fastest[timing.profile] is timing)))
+    return lines
 
 
 def gate_cells(row: GateRow) -> tuple[str, ...]:

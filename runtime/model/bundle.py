@@ -128,19 +128,26 @@ class Bundle:
                     f"{where} has {what} {found[what]}, its manifest says {getattr(network, what)}; export it again"
                 )
 
+    def arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays in the `.npz` file `name`; raises BundleError."""
+        if name in self.manifest.files and self.manifest.files[name].bytes > MAX_HEAD_BYTES:
+            raise BundleError(f"{self.path}: {name} is larger than the {MAX_HEAD_BYTES} bytes expected")
+        data = self.read(name)
+        try:
+            return _arrays(data)
+        except Exception as error:  # numpy's for what is no .npz, and zipfile's, share no base class but Exception
+            raise BundleError(f"{self.path}: {name} cannot be read ({one_line(error)})") from error
+
     def head(self) -> Head | None:
         """The deferred head, or None where the graph returns logits itself; raises BundleError."""
         network = self.manifest.network
         if not network.deferred_head:
             return None
-        if self.manifest.files["head.npz"].bytes > MAX_HEAD_BYTES:
-            raise BundleError(f"{self.path}: head.npz is larger than the {MAX_HEAD_BYTES} bytes expected")
-        data = self.read("head.npz")
+        arrays = self.arrays("head.npz")
         try:
-            arrays = _arrays(data)
             head = Head(arrays["weight"], arrays["bias"], arrays.get("fold_bias"))
-        except Exception as error:  # numpy's for what is no .npz, and zipfile's, share no base class but Exception
-            raise BundleError(f"{self.path}: head.npz cannot be read ({one_line(error)})") from error
+        except KeyError as error:
+            raise BundleError(f"{self.path}: head.npz cannot be read ({error})") from error
         parts = [head.weight, head.bias, *([] if head.fold_bias is None else [head.fold_bias])]
         wanted = [(network.classes, network.channels_out), (network.classes,), (*parts[-1].shape[:1], network.classes)]
         found = [part.shape for part in parts]

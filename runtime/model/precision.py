@@ -6,37 +6,45 @@ that was fastest when the gate was measured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.engines.registry import choose
+from edgemuse.engines.registry import Way, choose
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.manifest import STORED_PRECISIONS, GateRow
-from edgemuse.runtime.model.tuned import recall
+from edgemuse.runtime.model.tuned import outdated, recall
 
 ALWAYS_FP32 = "reference"
 """The profile that promises nnU-Net's own labels."""
 NOT_MEASURED = "not measured"
 
 
-def choose_engine(bundle: Bundle, profile: str, options: EngineOptions) -> EngineOptions:
-    """`options` without `auto`; raises BackendError or BundleError if what was asked for cannot be had here."""
-    tuned = _tuned(bundle, profile, options)
+def choose_engine(
+    bundle: Bundle, profile: str, options: EngineOptions, refused: Mapping[Way, str] | None = None
+) -> EngineOptions:
+    """`options` without `auto`; `refused` says why a way to compute is not to be taken.
+
+    Raises BackendError or BundleError if what was asked for cannot be had here.
+    """
+    tuned = _tuned(bundle, profile, options, refused)
     if tuned is not None:
         return tuned
     if options.precision != "auto":
-        chosen = choose(options)[1]
+        chosen = choose(options, refused)[1]
         bundle.graph_name(stored_precision(chosen.precision))
         return chosen
-    chosen = choose(replace(options, precision="fp32"))[1]
+    chosen = choose(replace(options, precision="fp32"), refused)[1]
     if profile == ALWAYS_FP32:
         return chosen
     candidates = (replace(chosen, precision=row.precision) for row in _by_speed(bundle, profile, chosen))
-    return next((candidate for candidate in candidates if usable(bundle, candidate)), chosen)
+    return next((candidate for candidate in candidates if usable(bundle, candidate, refused)), chosen)
 
 
-def _tuned(bundle: Bundle, profile: str, options: EngineOptions) -> EngineOptions | None:
+def _tuned(
+    bundle: Bundle, profile: str, options: EngineOptions, refused: Mapping[Way, str] | None
+) -> EngineOptions | None:
     """The fastest that was measured here, is what was asked for as far as that goes, and may be used."""
     known = recall(options.cache_dir, bundle.sha256) if "auto" in _asked(options) else None
     for timing in known.timings if known else ():
@@ -45,7 +53,8 @@ def _tuned(bundle: Bundle, profile: str, options: EngineOptions) -> EngineOption
         if timing.profile != profile or not fits:
             continue
         candidate = replace(options, backend=timing.backend, device=timing.device, precision=timing.precision)
-        if (options.precision != "auto" or may_choose(bundle, profile, candidate)) and usable(bundle, candidate):
+        allowed = options.precision != "auto" or may_choose(bundle, profile, candidate)
+        if allowed and usable(bundle, candidate, refused) and not outdated(timing):
             return candidate
     return None
 
@@ -91,12 +100,12 @@ def _by_speed(bundle: Bundle, profile: str, chosen: EngineOptions) -> list[GateR
     return rows if any(row.precision == "fp32" for row in rows) else []
 
 
-def usable(bundle: Bundle, options: EngineOptions) -> bool:
+def usable(bundle: Bundle, options: EngineOptions, refused: Mapping[Way, str] | None = None) -> bool:
     """Whether definite `options` can be had here: the bundle stores the graph, and the backend works."""
     if stored_precision(options.precision) not in bundle.manifest.graphs:
         return False
     try:
-        choose(options)
+        choose(options, refused)
     except BackendError:
         return False
     return True

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from edgemuse.engines import cache
-from edgemuse.engines.errors import OutputError
-from edgemuse.engines.hardware import cpu_cores, cpu_name
+from edgemuse.engines.errors import BackendError, OutputError
+from edgemuse.engines.hardware import cpu_cores, cpu_identity
+from edgemuse.engines.protocol import EngineOptions
+from edgemuse.engines.registry import basis
 
 log = logging.getLogger("edgemuse")
 
@@ -23,13 +25,18 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that one way to run a bundle took for a scan, engine from the cache, median."""
+    """Seconds that one way to run a bundle took for a scan, engine from the cache, median.
+
+    They hold for the `version` of the backend, and for the `processor`: of a GPU, with its driver.
+    """
 
     backend: str
     device: str
     precision: str
     profile: str
     seconds: float
+    version: str
+    processor: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,26 @@ class Tuned:
 
 def _machine() -> dict[str, str | int]:
     """What timings depend on besides the bundle."""
-    return {"cpu": cpu_name(), "cores": cpu_cores(), "edgemuse": version("edgemuse")}
+    return {"processor": cpu_identity(), "cores": cpu_cores(), "edgemuse": version("edgemuse")}
+
+
+def timed(options: EngineOptions, profile: str, seconds: float) -> Timing:
+    """That definite `options` took so long here, now."""
+    here = basis(options)
+    return Timing(
+        options.backend, options.device, options.precision, profile, seconds, here["version"], here["processor"]
+    )
+
+
+def outdated(timing: Timing) -> str:
+    """What has changed here since it was measured, or nothing."""
+    try:
+        now = basis(EngineOptions(timing.backend, timing.precision, timing.device))
+    except BackendError as error:
+        return str(error)
+    if timing.version != now["version"]:
+        return f"it was {timing.backend} {timing.version}, now it is {now['version']}"
+    return "" if timing.processor == now["processor"] else f"it was on {timing.processor}"
 
 
 def tuned_path(folder: Path, sha256: str) -> Path:
@@ -98,8 +124,9 @@ def _timing(row: Any) -> Timing:
     timing = Timing(**{field.name: row[field.name] for field in fields(Timing)})
     if not isinstance(timing.seconds, float) or not (math.isfinite(timing.seconds) and timing.seconds > 0):
         raise ValueError("seconds")
-    for value in (timing.backend, timing.device, timing.precision, timing.profile):
-        _text(value)
+    for field in fields(Timing):
+        if field.name != "seconds":
+            _text(row[field.name])
     return timing
 
 

@@ -20,9 +20,10 @@ from edgemuse.engines.registry import open_engine
 from edgemuse.runtime.model.bundle import Bundle
 from edgemuse.runtime.model.manifest import Network
 from edgemuse.runtime.model.precision import NOT_MEASURED, choose_engine, stored_precision, verdict
+from edgemuse.runtime.model.selftest import trusted
 from edgemuse.runtime.network.half_sums import HalfSums
 from edgemuse.runtime.network.head import class_dtype, label_blocks
-from edgemuse.runtime.network.memory import MemoryPlan, memory_limit, plan_memory
+from edgemuse.runtime.network.memory import MemoryPlan, check_memory, memory_limit, plan_memory
 from edgemuse.runtime.network.preprocess import Prepared, preprocess
 from edgemuse.runtime.network.profiles import PROFILES
 from edgemuse.runtime.network.resample import output_matrices
@@ -54,7 +55,8 @@ class Segmenter(Pipeline[Loaded]):
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self.bundle, self.options = bundle, options
         self._instead_of = ""
-        self._choose(options.engine)
+        self._checked = False
+        self._choose(choose_engine(bundle, options.profile, options.engine))
         self.profile = PROFILES[options.profile]
         self.network = bundle.manifest.network
         self.head = bundle.head()
@@ -103,6 +105,9 @@ class Segmenter(Pipeline[Loaded]):
         held: int = 0,
     ) -> Run:
         """From the network's input, made of `scan`, to classes on its grid. `held`: bytes taken by other things."""
+        if not self._checked:
+            with watch.stage("engine"):
+                self._check(scan)
         plan, memory = self._tiles(scan, shape_of(prepared.image), held)
         planned(memory.total + held, True)
         with watch.stage("engine"):
@@ -155,12 +160,26 @@ class Segmenter(Pipeline[Loaded]):
             )
         return self._engine
 
-    def _choose(self, asked: EngineOptions) -> EngineOptions:
-        """Make the options for the engine definite; raises BackendError or BundleError if there is no such engine."""
-        self.chosen = choose_engine(self.bundle, self.options.profile, asked)
-        self.verdict = verdict(self.bundle, self.options.profile, self.chosen)
-        _warn_accuracy(self.bundle.name, self.options.profile, self.chosen.precision, self.verdict)
-        return self.chosen
+    def _choose(self, chosen: EngineOptions) -> None:
+        """Use definite options for the engine."""
+        self.chosen = chosen
+        self.verdict = verdict(self.bundle, self.options.profile, chosen)
+        _warn_accuracy(self.bundle.name, self.options.profile, chosen.precision, self.verdict)
+
+    def _trust(self, asked: EngineOptions) -> EngineOptions:
+        """Choose an engine again if the one chosen computes wrongly here; raises BackendError if nothing takes over."""
+        chosen, reason = trusted(self.bundle, self.options.profile, asked)
+        self._instead_of = "; ".join(filter(None, (self._instead_of, reason)))
+        if chosen != self.chosen:
+            self._choose(chosen)
+        return chosen
+
+    def _check(self, scan: Scan) -> None:
+        """Before the first scan: the engine must be right, and what takes its place fit in memory as it did."""
+        before = self.chosen
+        if self._trust(self.options.engine) != before:
+            check_memory(scan, self.plan(scan), self.options.max_ram)
+        self._checked = True
 
     def _open(self, tile: Shape, options: EngineOptions) -> Engine:
         return open_engine(self.bundle.graph(stored_precision(options.precision)), (1, 1, *tile), options)
@@ -168,7 +187,7 @@ class Segmenter(Pipeline[Loaded]):
     def _cpu(self, reason: str) -> EngineOptions:
         """What takes over, for this scan and all later ones, from a GPU that failed."""
         self._instead_of = reason
-        return self._choose(replace(self.options.engine, device="CPU"))
+        return self._trust(replace(self.options.engine, device="CPU"))
 
     def _classes(self, engine: Engine, prepared: Prepared, plan: TilePlan, progress: Progress) -> Labels:
         infer = mirrored(partial(self._infer, engine), self.network.mirror_axes if self.profile.mirror else ())

@@ -22,8 +22,9 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block under `name`."""
+        """Time the block under `name`; blocks of one name add up."""
         name, start = self.prefix + name, time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
-        log.info("%s: %.2f s", name, self.seconds[name])
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        log.info("%s: %.2f s", name, seconds)

@@ -21,8 +21,10 @@ from edgemuse.calibration import evaluate
 from edgemuse.calibration.graphs import graph_bytes
 from edgemuse.calibration.scans import find_scans
 from edgemuse.engines.errors import BackendError
+from edgemuse.engines.protocol import EngineOptions
 from edgemuse.engines.registry import statuses
 from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.model.selftest import SELFTEST, measure, read_selftest, ways
 from edgemuse.runtime.scan.nifti import file_sha256
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -65,6 +67,17 @@ def test_source_is_left_alone_and_kept_whole(calibrated: tuple[Path, list[str]])
         k: v for k, v in vars(old.manifest).items() if k not in added
     }
     assert {path.name for path in calibrated[0].parent.iterdir()} == {"tiny.bundle", "new.bundle"}
+
+
+def test_a_tile_is_stored_with_what_each_graph_must_make_of_it(calibrated: tuple[Path, list[str]]) -> None:
+    old, new = open_bundle(calibrated[0].with_name("tiny.bundle")), open_bundle(calibrated[0])
+    assert SELFTEST not in old.manifest.files
+    stored = read_selftest(new)
+    assert stored is not None
+    assert stored.features.keys() == {"fp32", "int8"}
+    found = {(way.backend, way.precision): measure(new, way) for way in ways(new, EngineOptions())}
+    assert {precision for _, precision in found} >= {"fp32", "int8", "fp16"}
+    assert all(verdict is not None and verdict.passed for verdict in found.values()), found
 
 
 def test_scans_are_recorded_and_disjoint(calibrated: tuple[Path, list[str]], data: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,14 @@ from bundles import (
 )
 
 from edgemuse.calibration import tune
+from edgemuse.engines.cache import cache_key
 from edgemuse.engines.errors import BackendError
+from edgemuse.engines.hardware import cpu_cores, cpu_name
 from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model.bundle import Bundle, open_bundle
 from edgemuse.runtime.model.cascade import Cascade, open_model
 from edgemuse.runtime.model.precision import choose_engine
-from edgemuse.runtime.model.tuned import Timing, Tuned, keep, recall, tuned_path
+from edgemuse.runtime.model.tuned import Timing, Tuned, keep, outdated, recall, timed, tuned_path
 from edgemuse.runtime.pipeline.options import Options
 from edgemuse.runtime.scan.nifti import open_scan
 
@@ -62,6 +66,11 @@ class Clock:
 def measured(bundle: Path) -> tuple[Tuned, Clock]:
     clock = Clock()
     return tune.measure_all(open_bundle(bundle), Path("a_T1w.nii.gz"), lambda line: None, clock), clock
+
+
+def timing(backend: str = "onnxruntime", precision: str = "fp32", seconds: float = 1.0, **changes: str) -> Timing:
+    """With the profile `balanced`, as measured here and now."""
+    return replace(timed(EngineOptions(backend, precision, "CPU"), "balanced", seconds), **changes)
 
 
 def remember(bundle: Path, folder: Path, tuned: Tuned) -> Bundle:
@@ -118,8 +127,8 @@ def test_segment_takes_the_fastest_that_fits_what_was_asked(bundle: Path, tmp_pa
 def test_what_no_longer_passes_or_works_is_not_taken(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = tuple(Timing("onnxruntime", "CPU", name, "balanced", 0.1) for name in ("int8", "bf16"))
-    gone = Timing("openvino", "GPU", "fp32", "balanced", 0.1)
+    rows = tuple(timing(precision=name, seconds=0.1) for name in ("int8", "bf16"))
+    gone = timing(backend="openvino", device="GPU", seconds=0.1)
     opened = remember(bundle, tmp_path / "cache", Tuned("tiny", "a", (*rows, gone)))
     options = choose_engine(opened, "balanced", replace(AUTO, cache_dir=tmp_path / "cache"))
     assert (options.backend, options.device, options.precision) == ("openvino", "CPU", "fp32")
@@ -136,6 +145,46 @@ def test_a_damaged_file_is_passed_over_with_a_warning(
     tuned_path(tmp_path / "cache", opened.sha256).write_text(text)
     assert choose_engine(opened, "fast", replace(AUTO, cache_dir=tmp_path / "cache")).backend == "openvino"
     assert "run 'edgemuse tune' again" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["version", "processor"])
+def test_another_version_or_processor_is_not_taken_and_said(
+    what: str, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = timing(seconds=0.1, **{what: "another"}), timing(seconds=0.2, backend="openvino"), timing(seconds=0.3)
+    opened = remember(bundle, tmp_path / "cache", Tuned("tiny", "a", rows))
+    chosen = choose_engine(opened, "balanced", replace(AUTO, cache_dir=tmp_path / "cache"))
+    assert (chosen.backend, chosen.precision) == ("openvino", "fp32")
+    cli = CommandLine(capfd, tmp_path / "cache")
+    for out in (cli("info", bundle).out, cli("devices").out):
+        lines = [line for line in out.splitlines() if "balanced" in line and line.endswith(("again", "fastest", " s"))]
+        assert "not used: it was on another" in lines[0] or "not used: it was onnxruntime another, now" in lines[0]
+        assert [line.endswith("fastest") for line in lines] == [False, True, False]
+
+
+def test_a_backend_that_is_gone_is_said(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = timing()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "edgemuse.engines.onnxruntime", raising=False)
+    assert "onnxruntime: it is not installed" in outdated(row)
+
+
+def test_what_was_measured_before_versions_were_noted_is_not_taken(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither read nor complained of: it lies under another name."""
+    old = {"cpu": cpu_name(), "cores": cpu_cores(), "edgemuse": version("edgemuse")}
+    row = {"backend": "onnxruntime", "device": "CPU", "precision": "fp32", "profile": "balanced", "seconds": 0.1}
+    text = json.dumps({"name": "tiny", "scan": "a", "timings": [row], "machine": old})
+    opened = remember(bundle, tmp_path / "cache", Tuned("tiny", "a", ()))
+    path = tuned_path(tmp_path / "cache", opened.sha256)
+    path.with_name(cache_key({"bundle": opened.sha256, **old}) + ".tuned.json").write_text(text)
+    path.unlink()
+    chosen = choose_engine(opened, "balanced", replace(AUTO, cache_dir=tmp_path / "cache"))
+    assert chosen.backend == "openvino"
+    ran = CommandLine(capfd, tmp_path / "cache")("devices")
+    assert (ran.err, caplog.text) == ("", "")
+    assert "tuned on this machine" not in ran.out
 
 
 def test_another_machine_knows_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from bundles import tiny_graph
 from edgemuse.engines import registry
 from edgemuse.engines.errors import BackendError
 from edgemuse.engines.protocol import EngineOptions
-from edgemuse.engines.registry import BACKENDS, choose, open_engine, statuses
+from edgemuse.engines.registry import BACKENDS, basis, choose, open_engine, statuses
 
 SHAPE = (1, 1, 8, 8, 8)
 
@@ -26,6 +26,9 @@ class FakeBackend(ModuleType):
 
     def probe(self) -> dict[str, list[str]]:
         return {"CPU": ["fp32", "bf16"], "NPU": ["bf16"]}
+
+    def processor(self, device: str) -> str:
+        return f"some {device}, driver 7"
 
 
 @pytest.fixture
@@ -87,6 +90,37 @@ def test_a_backend_that_was_asked_for_is_never_replaced(
     monkeypatch.setattr(fakes[0], "probe", dict)
     message = refusal(backend="first")
     assert message == "no usable backend: first: it finds no device that edgemuse can use"
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_is_refused_is_not_taken() -> None:
+    """It is one precision on one device, and the reason is that of the caller."""
+    refused = {("first", "CPU", "fp32"): "first is out of order"}
+    assert choose(EngineOptions(), refused)[0].name == "second"
+    assert choose(EngineOptions(precision="bf16"), refused)[0].name == "first"
+    with pytest.raises(BackendError, match=r"^no usable backend: first is out of order$"):
+        choose(EngineOptions("first"), refused)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_results_rest_on() -> None:
+    assert basis(EngineOptions("second", "bf16", "NPU")) == {
+        "backend": "second",
+        "version": "1.2",
+        "device": "NPU",
+        "precision": "bf16",
+        "processor": "some NPU, driver 7",
+    }
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_real_backends_name_their_processor(name: str) -> None:
+    status = next(statuses(name))
+    if status.reason:
+        pytest.skip(status.reason)
+    found = basis(EngineOptions(name, "fp32", next(iter(status.devices))))
+    assert found["version"] == status.version
+    assert found["processor"]
 
 
 def test_every_reason_is_given(fakes: list[FakeBackend], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from edgemuse.engines.registry import open_engine
 from edgemuse.export import exporter, verify, writer
 from edgemuse.export.exporter import ExportOptions, export_model
 from edgemuse.runtime.model.bundle import open_bundle
+from edgemuse.runtime.model.selftest import measure, read_selftest, ways
 
 Make = Callable[..., Path]
 
@@ -81,6 +82,26 @@ def test_the_bundle_gives_the_mean_of_nnunets_logits_at_any_size(exported: Any, 
         expected = torch.stack([fold(torch.from_numpy(image))[0] for fold in folds]).mean(0).numpy()
     np.testing.assert_allclose(output, expected, atol=1e-4 * expected.std())
     engine.close()
+
+
+def test_a_tile_is_stored_with_what_pytorch_makes_of_it(exported: Any, nnunet_models: Any) -> None:
+    options, network = exported.options, exported.bundle.manifest.network
+    stored = read_selftest(exported.bundle)
+    assert stored is not None
+    assert all(
+        0 < side <= patch and side % stride == 0
+        for side, patch, stride in zip(stored.tile.shape[2:], network.patch, network.stride, strict=True)
+    )
+    with torch.inference_mode():
+        folds = [nnunet_models.build(options, seed).eval() for seed in range(len(options.folds))]
+        expected = torch.stack([fold(torch.from_numpy(stored.tile))[0] for fold in folds]).mean(0)[0].flatten(1).numpy()
+    head, features = exported.bundle.head(), stored.features["fp32"]
+    logits = features if head is None else head.weight @ features + head.bias[:, None]
+    np.testing.assert_allclose(logits, expected[:, stored.places], atol=1e-4 * expected.std())
+    for way in ways(exported.bundle, EngineOptions()):
+        found = measure(exported.bundle, way)
+        assert found is not None
+        assert found.passed, (way, found)
 
 
 def test_directory_or_zip(exported: Any) -> None:

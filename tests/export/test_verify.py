@@ -17,6 +17,7 @@ onnx = pytest.importorskip("onnx", reason="graphs need onnx")
 from edgemuse.engines.errors import InputError, VerificationError
 from edgemuse.export.architecture import load_network
 from edgemuse.export.checkpoint import read_checkpoints
+from edgemuse.export.phantoms import synthetic_patches
 from edgemuse.export.plans import read_plan
 from edgemuse.export.verify import (
     TOLERANCE,
@@ -25,7 +26,6 @@ from edgemuse.export.verify import (
     reference,
     scan_patches,
     small_shape,
-    synthetic_patches,
     verify,
 )
 from edgemuse.runtime.model.bundle import Head

@@ -25,8 +25,9 @@ from tensorrt_fakes import Machine, Status, install
 
 from edgemuse.calibration.half import half_precision
 from edgemuse.engines.openvino import probe
+from edgemuse.engines.protocol import EngineOptions
 from edgemuse.runtime.model.bundle import open_bundle
-from edgemuse.runtime.model.tuned import Timing, Tuned, keep
+from edgemuse.runtime.model.tuned import Tuned, keep, timed
 from edgemuse.runtime.network.profiles import PROFILES
 from edgemuse.runtime.results.files import NAMES
 
@@ -52,9 +53,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 @pytest.fixture
-def tuned(model: Path, tmp_path: Path) -> None:
+def tuned(gpu: Machine, model: Path, tmp_path: Path) -> None:
     """The GPU was found to be the fastest, so `auto` takes it."""
-    timings = tuple(Timing("tensorrt", "GPU", "fp32", profile, 0.1) for profile in PROFILES)
+    timings = tuple(timed(EngineOptions("tensorrt", "fp32", "GPU"), profile, 0.1) for profile in PROFILES)
     keep(tmp_path / "cache", open_bundle(model).sha256, Tuned("tiny", "a_T1w.nii.gz", timings))
 
 

@@ -61,3 +61,10 @@ def test_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ]
     assert mean == pytest.approx(np.mean(scores), abs=0.006)
     assert mean > 0.5
+
+
+def test_every_backend_computes_it_rightly_here(cli: CommandLine) -> None:
+    ran = cli("devices", "--check")
+    assert ran.code == 0, ran.out
+    assert ran.out.count("passed") >= 2
+    assert "not checked" not in ran.out

@@ -36,7 +36,7 @@ OFFERED = ("fp32", "int8")
 """By OpenVINO, in these tests."""
 
 
-def fake_choose(options: EngineOptions) -> tuple[None, EngineOptions]:
+def fake_choose(options: EngineOptions, refused: object = None) -> tuple[None, EngineOptions]:
     """The registry on a machine whose only device offers `OFFERED`."""
     if options.precision not in OFFERED:
         raise precision.BackendError(f"no {options.precision}")
