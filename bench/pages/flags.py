@@ -32,8 +32,8 @@ from edgemuse.runtime.regions.labels import table as text_table
 from edgemuse.runtime.scan.geometry import voxel_mm3
 
 OPTIONS = Options("fast", precision="int8")
-EVERY = 40
-"""Of IXI's scans every so manieth is spoilt."""
+EVERY_IXI, EVERY_OTHER = 81, 2
+"""One in so many scans of IXI and of the others is spoilt."""
 SMALL = 1000.0
 """mm3; structures whose median is smaller differ too much from head to head for a range."""
 MARGINS = (0.5, 2.0)
@@ -138,7 +138,7 @@ def measure(place: Workplace, bundle: Bundle, shared: Path) -> tuple[list[Row], 
         for number, scan in enumerate((*others, *ixi), 1):
             say(f"good scan {number} of {len(ixi) + len(others)}")
             good.append(place.once(f"good {scan.name}", partial(assessed, segmenter, scan)))
-        chosen = (*others, *ixi[::EVERY])
+        chosen = (*others[::EVERY_OTHER], *ixi[::EVERY_IXI])
         for number, (name, (way, _)) in enumerate(WAYS.items(), 1):
             say(f"spoilt in {number} of {len(WAYS)} ways: {name}")
             found = [
