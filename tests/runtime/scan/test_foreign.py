@@ -29,7 +29,7 @@ CONTENTS = {
         (ANNEX, "a pointer of git-annex, not the file itself; get that with 'git annex get' or 'datalad get'"),
         (b"../../.git/annex/objects/x1/2X/MD5E-s1--a.nii.gz/MD5E-s1--a.nii.gz", "a pointer of git-annex"),
         (PAGE, "a web page, not the file itself"),
-        (gzip.compress(PAGE), "a web page, not the file itself"),
+        (gzip.compress(PAGE, mtime=0), "a web page, not the file itself"),
         (DICOM, f"DICOM, {READS}convert it: dcm2niix -z y {{folder}}"),
     ],
     "a.nii": [(LFS, "'git lfs pull'"), (ANNEX, "'git annex get'"), (PAGE, "a web page"), (DICOM, "dcm2niix")],
