@@ -1,6 +1,6 @@
 """How often the quality flags are right: silent on good scans, raised on copies that are spoilt in known ways.
 
-The good scans are the real T1s of SHARED: those of IXI, and the three scans of other scanners beside them. With
+The good scans are real T1s of SHARED: one in three of IXI's, and the four of other scanners beside them. With
 `--anatomy` the ranges of volumes in `runtime/data/anatomy.tsv` are set anew from the same measurements.
 """
 
@@ -32,8 +32,10 @@ from edgemuse.runtime.regions.labels import table as text_table
 from edgemuse.runtime.scan.geometry import voxel_mm3
 
 OPTIONS = Options("fast", precision="int8")
-EVERY_IXI, EVERY_OTHER = 81, 2
-"""One in so many scans of IXI and of the others is spoilt."""
+TAKEN = 3
+"""One in so many scans of IXI is taken."""
+EVERY_IXI, EVERY_OTHER = 27, 2
+"""One in so many of the scans of IXI that are taken, and of the others, is spoilt."""
 SMALL = 1000.0
 """mm3; structures whose median is smaller differ too much from head to head for a range."""
 MARGINS = (0.5, 2.0)
@@ -43,18 +45,18 @@ VENTRICLES = (0.25, 4.0)
 WHOLE_MARGINS = (0.85, 1.2)
 """The same for the whole brain."""
 INTRODUCTION = """
-*Good scans*: real T1s, of which at most 2 % should be flagged. *Spoilt copies* of some of them, each made by one
-function of `bench/measure/spoilt.py`, which should all be flagged, and by a flag that names what is wrong. The ranges
-of volumes were set on the same good scans, with wide margins; all other limits are round numbers beyond what these
-scans show. A head that is mirrored from left to right looks like a head, so nothing flags it. Segmented with the
-built-in model, profile `fast`, int8.
+*Good scans*: real T1s, one in three of IXI's and four of other scanners, of which at most 2 % should be flagged.
+*Spoilt copies* of four of them, each made by one function of `bench/measure/spoilt.py`, which should all be flagged,
+and by a flag that names what is wrong. The ranges of volumes were set on the same good scans, with wide margins; all
+other limits are round numbers beyond what these scans show. A head that is mirrored from left to right looks like a
+head, so nothing flags it. Segmented with the built-in model, profile `fast`, int8.
 """
 
 
 def good_scans(shared: Path) -> tuple[list[Path], list[Path]]:
-    """The T1s of IXI, and those of other scanners, in SHARED."""
+    """The T1s of IXI that are taken, and those of other scanners, in SHARED."""
     ixi, *others = (sorted((shared / "data" / name).glob("*_T1w.nii.gz")) for name in ("ixi/t1", "t1", "fs"))
-    return ixi, [scan for folder in others for scan in folder]
+    return ixi[::TAKEN], [scan for folder in others for scan in folder]
 
 
 def assessed(segmenter: Segmenter, scan: Path) -> Row:
