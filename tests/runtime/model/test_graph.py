@@ -120,7 +120,7 @@ def test_message_twice_is_not_merged() -> None:
 
 def test_names_reach_messages_without_escapes(tmp_path: Path) -> None:
     data = behind(node("Evil\x1b[2J\n", ["conv"], ["last"])).SerializeToString()
-    with pytest.raises(BundleError, match=r"operator Evil\[2J") as caught:
+    with pytest.raises(BundleError, match=r"operator Evil.*\[2J") as caught:
         open_bundle(replace_file(tiny_bundle(tmp_path / "b"), "fp32.onnx", data)).graph("fp32")
     assert str(caught.value).isprintable()
 
