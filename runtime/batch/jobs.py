@@ -65,14 +65,14 @@ def _in_folder(folder: Path, output: Path) -> list[Job]:
 def distinct(jobs: Iterable[Job]) -> list[Job]:
     """One job for each place of results. Where several scans have the same place, that job is refused.
 
-    Of one scan that lies in a folder twice, zipped and not, one file is taken. Raises InputError if no other job
-    is left.
+    Of one scan that lies in a folder twice, zipped and not, one file is taken. Raises InputError if there is but one
+    place, and its job is refused.
     """
     by_place: dict[Path, dict[Path, Job]] = {}
     for job in jobs:
         by_place.setdefault(job.outputs["dseg.nii.gz"], {}).setdefault(job.scan, job)
     found = [_only(list(rivals.values()), place) for place, rivals in by_place.items()]
-    if found and all(job.refused for job in found):
+    if len(found) == 1 and found[0].refused:
         raise InputError(found[0].refused)
     return found
 

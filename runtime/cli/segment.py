@@ -56,9 +56,10 @@ def segment(
     missing or in pieces, strong noise, ...), a line says why, and so do the provenance and the picture.
 
     Of a folder every NIfTI file is taken, unless its name ends as that of another kind of image (_T2w, _bold, _mask,
-    _dseg, ...); OUTPUT gets the same sub-folders. A scan that cannot be segmented does not stop the others. A run that
-    was interrupted goes on where it stopped: give the same command again. Several processes may work on the same scans
-    and OUTPUT at once; on a cluster's file system, where locks may not work, give each its own --shard.
+    _dseg, ...) or it holds labels; OUTPUT gets the same sub-folders. Links to folders are followed. A scan that cannot
+    be segmented does not stop the others. A run that was interrupted goes on where it stopped: give the same command
+    again. Several processes may work on the same scans and OUTPUT at once; on a cluster's file system, where locks may
+    not work, give each its own --shard.
 
     Exit code: 0 all done, 2 bad input or usage, 1 another failure.
     """  # noqa: D301 click reads the backspace itself
