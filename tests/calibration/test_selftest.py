@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bundles import Tiny, add_selftest, edit_manifest, replace_file, tiny_bundle, tiny_oracle
+from bundles import Tiny, add_selftest, edit_manifest, replace_file, replace_graph, tiny_bundle, tiny_oracle
 from onnx import helper, numpy_helper
 from unets import unet
 
@@ -131,8 +131,7 @@ def test_backends_pass_with_a_quantised_network(backend: str, int8: bytes, tmp_p
     if next(iter(statuses(backend))).reason:
         pytest.skip(f"{backend} is not here")
     folder = tiny_bundle(tmp_path / "unet.bundle", features=4, stride=(2, 2, 2), patch=SHAPE)
-    for name, graph in (("fp32.onnx", graph_bytes(unet())), ("int8.onnx", int8)):
-        replace_file(folder, name, graph)
+    replace_file(replace_graph(folder, graph_bytes(unet())), "int8.onnx", int8)
     bundle = open_bundle(edit_manifest(folder, graphs={"fp32": "fp32.onnx", "int8": "int8.onnx"}))
     bundle = open_bundle(replace_file(folder, SELFTEST, selftest_file(bundle, int8)))
     found = {way.precision: measure(bundle, way) for way in ways(bundle, EngineOptions()) if way.backend == backend}

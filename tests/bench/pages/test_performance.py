@@ -163,6 +163,7 @@ def test_a_part_is_written_into_the_page(
     monkeypatch.setattr(performance, "peaks", dict)
     monkeypatch.setattr(performance, "state", lambda: {"commit": "abc", "machine": MACHINE, "versions": {}})
     arguments = [str(tmp_path), "-o", str(page), "--work", str(tmp_path / "other"), "--part", "built-in"]
+    (tmp_path / "m").mkdir()
     for folder in (tmp_path / "m", None):
         done = CliRunner().invoke(performance.main, [*arguments, *(["--built-in-folder", str(folder)] * bool(folder))])
         assert done.exit_code == 0, done.output

@@ -323,20 +323,17 @@ atexit.register(lambda: print("heavy:", sorted({"numpy", "scipy", "nibabel", "op
     assert ran.out.splitlines()[-1] == "heavy: []"
 
 
-@pytest.mark.parametrize("asked", ["", "default"])
-def test_warnings_of_libraries_are_shown_only_when_python_is_told_to(
-    asked: str, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("debug", [False, True])
+def test_warnings_of_libraries_are_shown_only_with_debug(debug: bool, cache_dir: Path) -> None:
     prelude = """
 import atexit, logging, warnings
 logging.basicConfig()  # as some libraries do
 atexit.register(lambda: warnings.warn("something changes in the next version", UserWarning))
 """
-    monkeypatch.setenv("PYTHONWARNINGS", asked)
-    ran = run_process("--version", cache_dir=cache_dir, prelude=prelude)
+    ran = run_process(*(["--debug"] * debug), "--version", cache_dir=cache_dir, prelude=prelude)
     assert ran.code == 0
-    assert ("something changes" in ran.err) == bool(asked)
-    assert asked or not ran.err
+    assert ("something changes" in ran.err) == debug
+    assert debug or not ran.err
 
 
 def test_module_and_console_script_are_the_same(cli: CommandLine) -> None:

@@ -185,7 +185,7 @@ def test_another_backend_processor_or_graph_is_tried_anew(
     elif changed == "tile":
         replace_file(path, SELFTEST, (path / SELFTEST).read_bytes() + b"\0" * 10)
     elif changed == "graph":
-        replace_file(path, "fp32.onnx", tiny_graph() + b"\x0a\x00")
+        replace_file(path, "fp32.onnx", tiny_graph() + b"\x12\x01x")
     elif changed == "edgemuse":
         monkeypatch.setattr(selftest, "version", lambda name: "99")
     else:

@@ -100,7 +100,7 @@ def test_intent_of_the_header(tmp_path: Path) -> None:
 class Plan:
     """A scan that takes no memory."""
 
-    total = 0
+    total = ahead = 0
 
 
 def test_named_it_is_refused_and_found_it_is_passed_over(model: Path, cli: CommandLine, tmp_path: Path) -> None:
