@@ -259,6 +259,8 @@ def test_a_backend_that_fails_is_a_row_that_failed(data: Path, tmp_path: Path, m
         assert (row.agreement, row.seconds, row.failures) == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with real scans and a trained model is absent")
 def test_trained_model_passes_in_int8_and_fp16(tmp_path: Path) -> None:
     """On real scans, one of them with truth; calibrated on another."""
     pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[dev]'")
