@@ -25,7 +25,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a script that may name a module by the place where it lay when the script was written."""
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cases,
     pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} with the scripts is absent"),
     pytest.mark.skipif(sys.platform == "win32", reason="the scripts use POSIX's files and processes"),
 ]
